@@ -1,0 +1,422 @@
+"""How super-resolution is measured, and used.
+
+A method is scored by shrinking a photograph (HR) by a known rule, enlarging the small one (LR) again, and comparing with
+the original. A tenth of a decibel counts as a result in this field, and a slip in one of the conventions below can cost
+more than that, so all of them are spelled out:
+
+LR       HR cropped to a multiple of the scale, then MATLAB's `imresize`: a bicubic whose kernel is widened by the scale
+         (so that it does not alias), mirrored border, rows first, rounded to 8 bits, then columns, rounded again. `resize`
+         gives MATLAB's own files to the last pixel. Other libraries' bicubics differ, most of all at the border.
+result   rounded to 8 bits before it is scored, as a file would hold it.
+luma     only the brightness Y of BT.601 counts, in television's range 16..235. In full range every error is 255/219 times
+         as large, and every figure 1.32 dB lower. A picture that is grey on disk (Set14's `bridge`) keeps its raw values.
+border   `scale` pixels are cropped off each side: nobody knows what lies beyond the frame.
+PSNR-Y   20 log10(255 / root mean square error), in dB, higher is better. A set's figure is the mean over its images.
+SSIM     compares local means, variances and covariance under an 11x11 Gaussian (sigma 1.5) where it fits; 1 is best.
+where    float64 numpy on the CPU. The network too runs on the CPU unless told otherwise: a GPU adds in another order,
+         and that shows in a figure's last digits.
+
+The floor is bicubic enlargement. This file gives, in dB (published tables agree within 0.01):
+
+         x2      x3      x4
+Set5    33.67   30.40   28.43
+Set14   30.23   27.54   25.99
+B100    29.56   27.21   25.96
+
+Commands, all of them for a laptop's CPU (RUN is a folder that search.py has written):
+
+    python evaluate.py RUN --benchmark data/Set5 data/Set14   # a Markdown table for each; crops_Set5.png, ... into RUN
+    python evaluate.py RUN --benchmark data                   # the same for all sets in data (data/Set5/HR, ...)
+    python evaluate.py RUN --upscale photo.jpg -o large.png   # enlarge your own picture, of any size
+"""
+
+import argparse
+import math
+import os
+from fractions import Fraction
+from pathlib import Path
+
+import matplotlib.cbook
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from search_space import Architecture, Network
+
+PHOTOS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+OUTPUTS = (".png", ".tif", ".tiff", ".jpg", ".jpeg")       # no WebP: it has no grey, and ends at 16383 pixels
+
+
+# --- Pictures in and out ----------------------------------------------------------------------------------------------
+def list_photos(folder):
+    """All photographs below a folder, sorted. Links to folders are not followed, as they could lead round in a loop."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder} is not a folder")
+    return sorted(Path(root, name) for root, _, names in os.walk(folder)
+                  for name in names if name.lower().endswith(PHOTOS))
+
+
+def open_photo(path):
+    """A Pillow image in mode L, LA, RGB or RGBA, whatever the file holds, turned upright as its EXIF tag says.
+
+    Values of 16 bits become 8 (65535 / 257 = 255), and `image.info["deep"]` tells. ValueError if it cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            deep = image.mode.startswith("I") or any(";16" in str(tile[3]) for tile in image.tile)
+            image = ImageOps.exif_transpose(image)
+            if image.mode == "F":
+                raise ValueError("its values are floating-point, of unknown range: convert it to 8 bits first")
+            if image.mode.startswith("I"):
+                image = Image.fromarray(np.uint8(np.clip(np.asarray(image, np.float64) / 257 + 0.5, 0, 255)))
+            if image.mode in ("CMYK", "LAB"):
+                image.info.pop("icc_profile", None)   # it describes the inks, not the RGB values we go on with
+            mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
+            image = image.convert(mode + "A" if image.has_transparency_data else mode)
+            image.info["deep"] = deep
+            return image
+    except Exception as error:                        # damaged files make decoders raise nearly anything
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"cannot read {path} as a picture: {reason}") from error
+
+
+def read_photo(path):
+    """Any picture file as uint8 RGB (H, W, 3). Grey fills all three channels; alpha is dropped, not blended."""
+    return np.array(open_photo(path).convert("RGB"))
+
+
+def sample_photo():
+    """A photograph that is on every machine with matplotlib: (600, 512, 3), for measuring without a download."""
+    return read_photo(matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))
+
+
+def write_whole(path, save):
+    """Call `save(temporary path)`, then move the file into place: `path` is written whole or not at all."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        save(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# --- Bicubic ----------------------------------------------------------------------------------------------------------
+def cubic(x):
+    """Keys' interpolation kernel with a = -1/2: 1 at 0, 0 at every other integer, 0 beyond 2."""
+    x = np.abs(x)
+    near = 1.5 * x**3 - 2.5 * x**2 + 1
+    far = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+    return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
+
+
+def resize_rows(image, scale):
+    """Resize the first axis only: uint8 (H, N) -> uint8 (ceil(H * scale), N).
+
+    Let scale = p / q. The centre of output row i lies at (i + 1/2) q/p - 1/2 in the input, so rows i and i + p see the
+    same pattern, q input rows apart. There are only p patterns of weights, and each weight multiplies a strided *slice*
+    of the input: no index arrays, and numpy lets other threads run meanwhile.
+    """
+    p, q = scale.numerator, scale.denominator
+    height = math.ceil(image.shape[0] * scale)
+    shrink = min(float(scale), 1.0)                   # the kernel is widened by 1 / shrink
+    patterns = []                                     # (input rows, their weights) of output rows 0 .. p-1
+    for row in range(min(p, height)):
+        centre = (row + 0.5) * q / p - 0.5
+        taps = np.arange(math.floor(centre - 2 / shrink), math.ceil(centre + 2 / shrink) + 1)
+        weights = cubic(shrink * (centre - taps))
+        live = weights != 0
+        patterns.append((taps[live], weights[live] / weights.sum()))
+
+    groups = math.ceil(height / p)                    # a group: p output rows, made around q input rows
+    first = min(taps[0] for taps, _ in patterns)
+    last = max(taps[-1] for taps, _ in patterns)
+    before, after = max(0, -first), max(0, q * (groups - 1) + last + 1 - image.shape[0])
+    padded = np.pad(image, ((before, after), (0, 0)), mode="symmetric")    # mirrored: c b a | a b c
+    result = np.empty((height, image.shape[1]), np.uint8)
+    block = max(1, 2**17 // (p * image.shape[1]))     # groups at a time: what the processor's cache holds
+    for start in range(0, groups, block):
+        stop = min(start + block, groups)
+        window = padded[q * start:q * (stop - 1) + before + last + 1].astype(np.float64)
+        for row, (taps, weights) in enumerate(patterns):
+            rows = result[p * start + row:p * stop:p]                      # (n, N), a view
+            total, product = np.full(rows.shape, 0.5), np.empty(rows.shape)   # + 1/2: cutting the fraction then rounds
+            for tap, weight in zip(taps + before, weights):
+                total += np.multiply(window[tap::q][:len(rows)], weight, out=product)
+            rows[...] = np.clip(total, 0, 255, out=total)
+    return result
+
+
+def resize(image, scale):
+    """MATLAB's bicubic `imresize`: uint8 (H, W) or (H, W, C) -> uint8 (ceil(H * scale), ceil(W * scale)) or with C.
+
+    scale: a Fraction, an int or a float > 0 (a float is taken for the nearest fraction with a denominator up to 1000).
+
+    >>> resize(np.array([[0, 0, 200, 200]], np.uint8), 2)         # note the overshoot on either side of the edge
+    array([[  0,   0,   0,  41, 159, 214, 205, 200],
+           [  0,   0,   0,  41, 159, 214, 205, 200]], dtype=uint8)
+    """
+    scale = Fraction(scale).limit_denominator(1000)
+    if scale <= 0:
+        raise ValueError("resize: the scale must be above 0")
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.size == 0:
+        raise ValueError(f"resize: expected a uint8 image (H, W) or (H, W, C), got {image.dtype} {image.shape}")
+    for _ in range(2):                                # the rows; then, transposed, the columns
+        rows = resize_rows(image.reshape(len(image), -1), scale)
+        image = np.ascontiguousarray(rows.reshape(-1, *image.shape[1:]).swapaxes(0, 1))
+    return image
+
+
+def crop_to(image, scale):
+    """Cut the right and lower edge so that both sides are multiples of `scale`."""
+    height, width = image.shape[:2]
+    return image[:height - height % scale, :width - width % scale]
+
+
+def degrade(hr, scale):
+    """The LR image every benchmark starts from: (H, W, C) -> (H // scale, W // scale, C)."""
+    return resize(crop_to(hr, scale), Fraction(1, scale))
+
+
+# --- Metrics ----------------------------------------------------------------------------------------------------------
+def luma(image):
+    """Brightness as float64 (H, W): BT.601's Y, 16..235, of uint8 RGB (H, W, 3); the raw values of a grey (H, W)."""
+    if image.dtype != np.uint8:
+        raise ValueError("only images of 8 bits are measured: round first, as a file would")
+    return image.astype(np.float64) if image.ndim == 2 else image @ np.array([65.481, 128.553, 24.966]) / 255 + 16
+
+
+def inner_luma(a, b, border):
+    """The luma of both images without the border."""
+    if a.shape != b.shape:
+        raise ValueError(f"images of different sizes cannot be compared: {a.shape} and {b.shape}")
+    inside = np.s_[border:a.shape[0] - border, border:a.shape[1] - border]
+    if min(a[inside].shape) < 1:
+        raise ValueError(f"an image of {a.shape[1]}x{a.shape[0]} has nothing left inside a border of {border}")
+    return luma(a)[inside], luma(b)[inside]
+
+
+def psnr(a, b, border):
+    """PSNR-Y in dB of two uint8 images of one shape, `border` pixels cropped off each side; inf if they are equal.
+
+    One level of difference everywhere is 219/255 of a level of luma, so 20 log10(255 * 255 / 219):
+
+    >>> black = np.zeros((32, 32, 3), np.uint8)
+    >>> round(psnr(black, black + np.uint8(1), border=2), 3)
+    49.453
+    """
+    a, b = inner_luma(a, b, border)
+    error = np.mean((a - b)**2)
+    return math.inf if error == 0 else float(10 * np.log10(255**2 / error))
+
+
+def ssim(a, b, border):
+    """Structural similarity (Wang et al., 2004) of two uint8 images of one shape, on the same cropped luma as `psnr`."""
+    a, b = inner_luma(a, b, border)
+    if min(a.shape) < 11:
+        raise ValueError("SSIM's window needs 11 pixels inside the border")
+    gauss = np.exp(-np.arange(-5, 6)**2 / (2 * 1.5**2))
+    gauss /= gauss.sum()
+
+    def mean(x):                                      # under the window, wherever it fits: (H, W) -> (H - 10, W - 10)
+        for _ in range(2):                            # a Gaussian is separable: 11 rows, then 11 columns
+            x = sum(weight * x[k:len(x) - 10 + k] for k, weight in enumerate(gauss)).T
+        return x
+
+    mean_a, mean_b = mean(a), mean(b)
+    # E[x^2] - E[x]^2 is a small difference of large numbers: one more reason for float64.
+    variances = mean(a * a) - mean_a**2 + mean(b * b) - mean_b**2
+    covariance = mean(a * b) - mean_a * mean_b
+    c1, c2 = (0.01 * 255)**2, (0.03 * 255)**2         # they keep flat regions from dividing 0 by 0
+    return float(np.mean((2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+                         / ((mean_a**2 + mean_b**2 + c1) * (variances + c2))))
+
+
+# --- The network ------------------------------------------------------------------------------------------------------
+def load_run(run):
+    """The network that search.py left in the folder `run`; ValueError if architecture.json or network.pt will not do."""
+    run = Path(run)
+    for name in ("architecture.json", "network.pt"):
+        if not (run / name).is_file():
+            raise ValueError(f"{run} holds no finished run: {name} is missing; search.py --out {run} writes it")
+    try:
+        network = Network(Architecture.from_json((run / "architecture.json").read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"{run / 'architecture.json'}: {error}") from error
+    try:
+        network.load_state_dict(torch.load(run / "network.pt", map_location="cpu", weights_only=True))
+    except Exception as error:                        # zip reader, unpickler and torch each have their own
+        raise ValueError(f"{run / 'network.pt'} is damaged or of another architecture: copy it again") from error
+    return network.eval()
+
+
+@torch.inference_mode()
+def super_resolve(network, lr, tile=256):
+    """uint8 RGB (H, W, 3) -> uint8 RGB (s*H, s*W, 3), on the device where the network's parameters are.
+
+    The image is cut in tiles of `tile` x `tile` LR pixels, so that memory does not grow with it. Each tile is computed
+    with a halo as wide as the network sees (the radius of its receptive field), and the halo's output is thrown away:
+    what is left is what the whole image would have given. At the image's own border the halo ends, and the network pads
+    as it would.
+    """
+    scale, halo = network.architecture.scale, network.architecture.radius
+    device = next(network.parameters(), torch.empty(0)).device
+    height, width = lr.shape[:2]
+    result = np.empty((scale * height, scale * width, 3), np.uint8)
+    for top in range(0, height, tile):
+        for left in range(0, width, tile):
+            y, x = max(0, top - halo), max(0, left - halo)
+            bottom, right = min(height, top + tile), min(width, left + tile)
+            patch = np.ascontiguousarray(lr[y:bottom + halo, x:right + halo])                    # (h, w, 3)
+            patch = torch.from_numpy(patch).to(device).permute(2, 0, 1)[None].float() / 255      # (1, 3, h, w)
+            out = network(patch)[0].permute(1, 2, 0)                                             # (s h, s w, 3)
+            out = out[scale * (top - y):scale * (bottom - y), scale * (left - x):scale * (right - x)]
+            out = (out.float().clamp(0, 1) * 255 + 0.5).to(torch.uint8)                          # rounded
+            result[scale * top:scale * bottom, scale * left:scale * right] = out.cpu().numpy()
+    return result
+
+
+# --- The benchmarks ---------------------------------------------------------------------------------------------------
+def sets_in(folder):
+    """The folder itself or, where its subfolders are sets (Set5/HR, Set14/HR, ...), those."""
+    return sorted(path.parent for path in Path(folder).glob("*/HR") if path.is_dir()) or [Path(folder)]
+
+
+def photos_of(folder):
+    """The photographs of one set, in its HR/ if it has one, else in the folder itself; ValueError if there are none."""
+    home = Path(folder, "HR") if Path(folder, "HR").is_dir() else Path(folder)
+    photos = list_photos(home)
+    if not photos:
+        raise ValueError(f"{home} holds no photographs ({' '.join(PHOTOS)})")
+    return photos
+
+
+def score(upscale, path, scale):
+    """One photograph through a method: (HR, the method's result), both uint8 and ready for `psnr`."""
+    photo = open_photo(path)
+    hr = crop_to(np.array(photo.convert("RGB")), scale)
+    if min(hr.shape[:2]) < 11 + 2 * scale:
+        raise ValueError(f"{path} is too small to be measured at x{scale}: it needs {11 + 3 * scale} pixels each way")
+    result = upscale(degrade(hr, scale))
+    if photo.mode.startswith("L"):                    # grey on disk: its raw values are compared, not the luma
+        hr, result = (np.array(Image.fromarray(image).convert("L")) for image in (hr, result))
+    return hr, result
+
+
+def measure(upscale, folder, scale):
+    """[(name, PSNR-Y, SSIM)] over one set, for any function from uint8 LR (h, w, 3) to uint8 (scale*h, scale*w, 3).
+
+    The LR images are made here, so no set needs to bring them; where one does, they are the same in every pixel.
+    The bicubic baseline is measure(lambda lr: resize(lr, scale), folder, scale).
+    """
+    rows = []
+    for path in tqdm(photos_of(folder), desc=f"{folder} x{scale}", leave=False, disable=None):
+        hr, result = score(upscale, path, scale)
+        rows.append((path.stem, psnr(hr, result, scale), ssim(hr, result, scale)))
+    return rows
+
+
+def format_table(title, methods):
+    """Markdown for one set. methods: [(name, Architecture or None, rows as `measure` gives them)]."""
+    lines = [f"### {title}", "",
+             "| method | parameters | multiply-adds for a 1280x720 output | PSNR-Y (dB) | SSIM |",
+             "|---|---:|---:|---:|---:|"]
+    for name, architecture, rows in methods:
+        size, cost = "-", "-"
+        if architecture is not None:
+            size, cost = f"{architecture.parameters():,}", f"{architecture.multiply_adds() / 1e9:.3g} G"
+        mean_psnr, mean_ssim = (float(np.mean([row[k] for row in rows])) for k in (1, 2))
+        lines.append(f"| {name} | {size} | {cost} | {mean_psnr:.2f} | {mean_ssim:.4f} |")
+    return "\n".join(lines) + "\n"
+
+
+def save_crops(path, photos, bicubic, ours, scale, side=96):
+    """Draw HR, bicubic and ours side by side, a row per photograph, at the spot where the two methods differ most, for
+    good or ill. The figures above the crops are the whole image's."""
+    figure = Figure(figsize=(9, 3.2 * len(photos)), layout="constrained")
+    for photo, axes in zip(photos, figure.subplots(len(photos), 3, squeeze=False)):
+        hr, a = score(bicubic, photo, scale)
+        _, b = score(ours, photo, scale)
+        edge = min(side, *hr.shape[:2])
+        gap = np.abs(luma(a) - luma(b))
+        corners = [(y, x) for y in range(0, len(gap) - edge + 1, 8) for x in range(0, gap.shape[1] - edge + 1, 8)]
+        top, left = max(corners, key=lambda corner: gap[corner[0]:, corner[1]:][:edge, :edge].sum())
+        titles = (photo.stem, f"bicubic, {psnr(hr, a, scale):.2f} dB", f"ours, {psnr(hr, b, scale):.2f} dB")
+        for axis, image, title in zip(axes, (hr, a, b), titles):
+            axis.imshow(image[top:top + edge, left:left + edge], cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            axis.set_title(title)
+            axis.axis("off")
+    write_whole(path, figure.savefig)
+
+
+# --- The command line -------------------------------------------------------------------------------------------------
+def run_benchmark(network, run, folders):
+    """Print a table per set, and save the crops of the two photographs that gain most."""
+    scale = network.architecture.scale
+    bicubic, ours = lambda lr: resize(lr, scale), lambda lr: super_resolve(network, lr)
+    sets = [each for folder in folders for each in sets_in(folder)]
+    photos = {each: photos_of(each) for each in sets}      # a missing or empty folder ends here, before the long work
+    for each in sets:
+        base, found = measure(bicubic, each, scale), measure(ours, each, scale)
+        name = each.resolve().name
+        methods = [("bicubic", None, base), ("ours", network.architecture, found)]
+        print(format_table(f"{name}, x{scale}", methods), flush=True)
+        gains = [row[1] - floor[1] for row, floor in zip(found, base)]
+        best = [photos[each][k] for k in np.argsort(gains)[::-1][:2]]
+        save_crops(Path(run) / f"crops_{name}.png", best, bicubic, ours, scale)
+
+
+def run_upscale(network, photo, output):
+    """Enlarge a picture file: grey stays grey, alpha is kept (bicubic). What forbids it is found before the work."""
+    output, suffix = Path(output), Path(output).suffix.lower()
+    image, scale = open_photo(photo), network.architecture.scale
+    if suffix not in OUTPUTS:
+        raise ValueError(f"{output} must end in one of {' '.join(OUTPUTS)}")
+    if not output.parent.is_dir():
+        raise ValueError(f"there is no folder {output.parent} to write into: make it first")
+    if output.is_dir() or output.exists() and os.path.samefile(photo, output):
+        raise ValueError(f"{output} is {'a folder' if output.is_dir() else 'the input itself'}: choose another name")
+    if image.mode.endswith("A") and suffix in (".jpg", ".jpeg"):
+        raise ValueError(f"{photo} has an alpha channel, which {suffix} cannot hold: write a .png")
+    if image.info["deep"]:
+        print(f"note: {photo} has 16 bits per value; it is scaled to 8, and so is the result")
+    # Tiles of 512 pixels of the *result*: a cell that works at full size then costs the same memory at every scale.
+    result = Image.fromarray(super_resolve(network, np.array(image.convert("RGB")), tile=512 // scale))
+    if image.mode.startswith("L"):
+        result = result.convert("L")
+    if image.mode.endswith("A"):
+        result.putalpha(Image.fromarray(resize(np.array(image.getchannel("A")), scale)))
+    colours = image.info.get("icc_profile")           # which colours the numbers stand for: unchanged
+    write_whole(output, lambda temporary: result.save(temporary, quality=95, icc_profile=colours))
+    print(f"{output}: {result.width}x{result.height}, {result.mode}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="evaluate.py", description="Measure a found network, or use it.")
+    parser.add_argument("run", metavar="RUN", help="folder written by search.py (architecture.json, network.pt)")
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--benchmark", nargs="+", metavar="DIR", help="sets: photographs in DIR, DIR/HR or DIR/*/HR")
+    task.add_argument("--upscale", metavar="PHOTO", help="picture to enlarge")
+    parser.add_argument("-o", "--output", metavar="FILE", help=f"where --upscale writes ({' '.join(OUTPUTS)})")
+    parser.add_argument("--device", default="cpu", help="where the network runs (default: cpu, for figures that repeat)")
+    args = parser.parse_args(argv)
+    if bool(args.upscale) != bool(args.output):
+        parser.error("--upscale PHOTO and -o FILE go together")
+    try:
+        network = load_run(args.run)
+        try:
+            network.to(args.device)
+        except (RuntimeError, AssertionError) as error:    # Assertion: a torch without CUDA
+            raise ValueError(f"--device {args.device} does not work here: {str(error).splitlines()[0]}") from error
+        if args.benchmark:
+            run_benchmark(network, args.run, args.benchmark)
+        else:
+            run_upscale(network, args.upscale, args.output)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"evaluate.py: error: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,497 @@
+"""One phase: a supernet trains, melts into one network, and that network goes on training.
+
+    python search.py --scale 2                            # laptop: lesson preset, generated pictures, no download
+    python search.py --scale 2 --data DIR                 # the same on a folder of photographs
+    python search.py --scale 4 --data DIR --budget 18G    # with a CUDA GPU: full preset, as in the paper
+    python search.py --resume --out runs/x2               # go on after an interruption
+
+Weights and architecture learn together (arXiv 2101.06658, section 3.3; first-order, as in DARTS, arXiv 1806.09055): a
+batch from one half of the photographs moves the weights, a batch from the other half moves the logits. Meanwhile
+`progress` rises from 0 to 1 and sparsestmax turns ever more of the architecture's weights into exact zeros, whose
+branches are no longer computed. At progress 1 what is left *is* one network: it leaves the supernet with its
+weights and with Adam's memory of them, computes the same function, and the same loop goes on with all photographs.
+
+    loss = L1(SR, HR)  +  cost * (log(multiply-adds / target))^2  +  order * sum over edges of max(0, child - parent)
+
+The second term holds the expected multiply-adds near a target just under the budget; exits that no network within the
+budget can have are forbidden from the start. The third is the "sorting" of the paper: it asks a deeper exit to earn its depth.
+Should the last choices to close have overshot, `Supernet.derive` changes those that the search was least sure of, so
+every run ends within its budget and uses at least 80 % of it.
+
+A run's folder holds settings.json (command line, versions, hardware), history.csv, distributions.npz (all weights over
+time), levels.png, architecture.png, architecture.json, network.pt, results.md, and checkpoint.pt for --resume.
+"""
+import argparse
+import csv
+import io
+import json
+import os
+import platform
+import shlex
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from evaluate import (crop_to, degrade, format_table, list_photos, psnr, read_photo, resize, sample_photo, ssim,
+                      super_resolve, write_whole)
+from search_space import OPERATIONS, Architecture, Network, Space, draw_architecture
+from sparsestmax import ACTIVATIONS
+from supernet import Supernet, Weights, leading
+
+PRESETS = {                                                    # batch and patch: LR patches of patch x patch pixels
+    "lesson": dict(channels=24, cells=3, positions=3, batch=16, patch=24, steps=5000, bfloat16=False,
+                   budget={2: 6e9, 3: 3e9, 4: 2e9}),
+    "full": dict(channels=64, cells=5, positions=5, batch=16, patch=48, steps=300_000, bfloat16=True,
+                 budget={2: 68e9, 3: 31e9, 4: 18e9}),          # the budgets are DLSR's multiply-adds at each scale
+}
+SEARCH = 0.12                  # progress reaches 1 after this part of all steps: the dense supernet is the costly part
+WARM = 0.01                    # ... and leaves 0 after this part, when the weights have begun to mean something
+LEAST = 0.8                    # a found network uses at least this part of its budget
+LEARNING_RATE = 1e-3           # of the weights: Adam, linear warm-up, then cosine to 1 %
+LOGITS_RATE = 3e-3             # of the logits: Adam with betas (.5, .999), constant
+COST = 0.1                     # weight of the budget term
+ORDER = 1e-3                   # weight of the order term
+
+
+# --- 1. Photographs ------------------------------------------------------------------------------------------------
+
+def dead_leaves(size: int, rng: np.random.Generator) -> np.ndarray:
+    """A picture of random occluding discs, uint8 (size, size, 3): no photograph, yet with the edges and scales of one.
+
+    Disc radii follow a power law, which makes the picture look alike at every scale, as photographs do (Lee, Mumford & Huang,
+    Occlusion models for natural images, 2001). Drawn twice as large and averaged, so that edges are antialiased.
+    """
+    canvas = Image.new("RGB", (2 * size, 2 * size))
+    draw = ImageDraw.Draw(canvas)
+    count = 6000
+    low, high = 4.0, float(size)                               # radii with density r^-3, by inverting its distribution
+    radii = 1 / np.sqrt(rng.uniform(1 / high ** 2, 1 / low ** 2, count))
+    centres = rng.uniform(-0.1, 1.1, (count, 2)) * 2 * size
+    colours = np.clip(rng.normal(0, 24, (count, 3)) + rng.uniform(0, 255, (count, 1)), 0, 255).astype(int)
+    for r, (x, y), colour in zip(radii, centres, colours):     # the first leaves end up at the bottom
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=tuple(colour))
+    return np.array(canvas.reduce(2))
+
+
+def load_photos(folder: str | None, scale: int, patch: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """[(LR, HR)] as uint8 (h, w, 3) and (scale h, scale w, 3), from a folder or, if it is None, generated.
+
+    Unreadable and too small files are named on stderr and skipped; ValueError if none is left.
+    """
+    def pair(source):
+        try:
+            hr = crop_to(read_photo(source) if isinstance(source, Path) else source, scale)
+            if min(hr.shape[:2]) < scale * patch:
+                raise ValueError(f"{source} is smaller than a patch of {scale * patch}x{scale * patch}")
+            return degrade(hr, scale), hr
+        except (ValueError, OSError) as error:
+            tqdm.write(f"skipped: {error}", file=sys.stderr)
+
+    if folder is None:
+        rng = np.random.default_rng(seed)
+        sources = [dead_leaves(max(256, scale * patch), rng) for _ in range(32)]
+    else:
+        sources = list_photos(folder)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:           # decoding and resizing run outside Python's lock
+        pairs = list(tqdm(pool.map(pair, sources), "photographs", len(sources), leave=False, disable=None))
+    pairs = [p for p in pairs if p is not None]
+    if not pairs:
+        raise ValueError(f"{folder} holds no usable photograph (PNG, JPEG or WebP of at least {scale * patch} pixels each way)")
+    return pairs
+
+
+class Patches:
+    """Random patches from photographs that stay in memory as uint8, on the device where they are needed."""
+
+    def __init__(self, pairs, patch: int, device):
+        self.patch, self.scale = patch, pairs[0][1].shape[0] // pairs[0][0].shape[0]
+        self.pairs = [tuple(torch.from_numpy(image).to(device).permute(2, 0, 1) for image in pair) for pair in pairs]
+        self.chances = torch.tensor([float(lr[0].numel()) for lr, _ in self.pairs])    # by area: each pixel alike
+
+    def batch(self, size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """LR (B, 3, patch, patch) and HR (B, 3, scale patch, scale patch) in [0, 1], turned and mirrored at random."""
+        chosen = torch.multinomial(self.chances, size, replacement=True, generator=generator).tolist()
+        places = torch.rand(size, 2, generator=generator).tolist()
+        turns = torch.randint(8, (size,), generator=generator).tolist()
+        batch = [], []
+        for i, (y, x), turn in zip(chosen, places, turns):
+            height, width = self.pairs[i][0].shape[1:]
+            top, left = int(y * (height - self.patch + 1)), int(x * (width - self.patch + 1))
+            for images, image, s in zip(batch, self.pairs[i], (1, self.scale)):
+                cut = image[:, s * top:s * (top + self.patch), s * left:s * (left + self.patch)]   # (3, p, p) uint8
+                cut = torch.rot90(cut, turn % 4, (1, 2))
+                images.append(cut.flip(2) if turn >= 4 else cut)
+        return tuple(torch.stack(images).float().div(255).contiguous(memory_format=torch.channels_last) for images in batch)
+
+
+def halves(pairs, generator: torch.Generator):
+    """Two disjoint random halves: one for the weights, one for the logits. A single photograph is cut in two."""
+    if len(pairs) == 1:
+        lr, hr = pairs[0]
+        middle, axis = max(lr.shape[:2]) // 2, int(lr.shape[1] >= lr.shape[0])
+        scale = hr.shape[0] // lr.shape[0]
+        return [list(zip(np.split(lr, [middle], axis), np.split(hr, [scale * middle], axis)))[i:i + 1] for i in (0, 1)]
+    order = torch.randperm(len(pairs), generator=generator).tolist()
+    return [pairs[i] for i in order[::2]], [pairs[i] for i in order[1::2]]
+
+
+# --- 2. Schedules --------------------------------------------------------------------------------------------------
+
+def progress_at(step: int, steps: int) -> float:
+    """0 up to WARM, then linear, and 1 from SEARCH on."""
+    return min(1.0, max(0.0, (step / steps - WARM) / (SEARCH - WARM)))
+
+
+def learning_rate_at(step: int, steps: int) -> float:
+    done = step / steps
+    return LEARNING_RATE * min(1.0, (step + 1) / (0.01 * steps + 1)) * (0.01 + 0.99 * (1 + np.cos(np.pi * done)) / 2)
+
+
+# --- 3. The loop ---------------------------------------------------------------------------------------------------
+
+class Run:
+    """One search from the first step to the last. Whatever a checkpoint must hold is an attribute."""
+
+    def __init__(self, settings: argparse.Namespace, out: Path):
+        s = self.settings = settings
+        self.out, self.device = out, torch.device(s.device)
+        torch.manual_seed(s.seed)
+        self.generator = torch.Generator().manual_seed(s.seed)         # draws the patches
+        self.step, self.seconds = 0, {"search": 0.0, "training": 0.0}
+        self.recent, self.history = torch.zeros((), device=self.device), []   # sum of losses not yet noted; rows of history.csv
+        self.snapshots, self.sum = [], None                            # (step, Weights) now and then; sum of Weights over all steps
+        self.hand_over_report = None
+        self.space = Space(s.scale, s.channels, s.cells, s.positions)
+        self.supernet = Supernet(self.space, ACTIVATIONS[s.activation], recompute=s.preset == "full")
+        self.supernet.restrict(LEAST * s.budget, s.budget)
+        self.supernet.to(self.device, memory_format=torch.channels_last)
+        logits = self.supernet.logits()
+        self.logits_optimiser = torch.optim.Adam(logits, lr=LOGITS_RATE, betas=(0.5, 0.999))
+        self.optimiser = self.adam(p for p in self.supernet.parameters() if not any(p is l for l in logits))
+        self.network = None                                            # the found one, once the supernet has melted
+
+    def adam(self, parameters):
+        return torch.optim.Adam(parameters, lr=LEARNING_RATE, betas=(0.9, 0.99), fused=self.device.type == "cuda")
+
+    def load_data(self):
+        s = self.settings
+        pairs = load_photos(s.data, s.scale, s.patch, s.seed)
+        a, b = halves(pairs, torch.Generator().manual_seed(s.seed))
+        if min(side for lr, _ in a + b for side in lr.shape[:2]) < s.patch:
+            raise ValueError(f"{s.data}: the only photograph is too small to be cut in two; add one, or use a smaller --patch")
+        self.half_a, self.half_b, self.whole = (Patches(part, s.patch, self.device) for part in (a, b, pairs))
+
+    def loss(self, model, patches: Patches, *weights) -> torch.Tensor:
+        """L1 between the model's output on one batch and the truth."""
+        lr, hr = patches.batch(self.settings.batch, self.generator)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bfloat16):
+            sr = model(lr, *weights)                                   # (B, 3, scale patch, scale patch)
+        return F.l1_loss(sr.float(), hr)
+
+    def search_step(self, progress: float) -> tuple[torch.Tensor, Weights, torch.Tensor]:
+        """The supernet: its weights learn from one half of the photographs, its logits from the other."""
+        s, net = self.settings, self.supernet
+        # a. The weights, under the architecture as it stands.
+        with torch.no_grad():
+            weights = net.weights(progress)
+        self.optimiser.zero_grad()
+        loss = self.loss(net, self.half_a, weights)
+        loss.backward()
+        self.optimiser.step()
+        # b. The architecture, under the weights as they stand. The target lies midway between the least and the most that
+        #    the budget allows; the log makes twice too much and half too little equally bad, at any budget.
+        weights = net.weights(progress)
+        cost = net.multiply_adds(weights)
+        off_target = torch.log(cost / ((1 + LEAST) / 2 * s.budget)).float()
+        #    In the end not this mean over networks counts, but the one that would be found if the search stopped now. Its cost
+        #    has no slope, so it only shifts the value, the more the nearer the end is; the slope is still that of the mean.
+        with torch.no_grad():
+            off_target = off_target + progress * torch.log(net.multiply_adds(net.weights(1.0)) / cost).float()
+        total = self.loss(net, self.half_b, weights) + COST * off_target ** 2 + ORDER * net.order_loss(weights)
+        self.logits_optimiser.zero_grad()
+        total.backward(inputs=net.logits())                            # convolution kernels get no gradient here
+        self.logits_optimiser.step()
+        return loss.detach(), Weights(*(w.detach() for w in weights)), cost.detach()
+
+    def training_step(self) -> torch.Tensor:
+        """The found network, on all photographs."""
+        self.optimiser.zero_grad()
+        loss = self.loss(self.network, self.whole)
+        loss.backward()
+        self.optimiser.step()
+        return loss.detach()
+
+    def hand_over(self):
+        """The supernet has melted: the one network left walks out, with its weights and with Adam's memory of them."""
+        s, net = self.settings, self.supernet
+        with torch.no_grad():
+            weights = net.weights(1.0)
+        self.network = net.inherit(net.derive(weights, (LEAST * s.budget, s.budget), self.sum)).to(memory_format=torch.channels_last)
+        optimiser = self.adam(self.network.parameters())
+        for parameter, source in net.origins(self.network):
+            optimiser.state[parameter] = {name: value.clone() if value.dim() == 0 else leading(value, parameter).clone()
+                                          for name, value in self.optimiser.state[source].items()}
+        # What did deciding cost? Nothing, if the activation had decided by itself and within the budget.
+        lr, hr = self.half_b.batch(s.batch, torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            before, after = net(lr, weights), self.network(lr)
+        quality = [-10 * torch.log10(F.mse_loss(sr.clamp(0, 1), hr)).item() for sr in (before, after)]
+        self.hand_over_report = dict(step=self.step, psnr_supernet=quality[0], psnr_network=quality[1],
+                                     largest_difference=(before - after).abs().max().item())
+        self.optimiser, self.supernet, self.logits_optimiser = optimiser, None, None
+
+    def run(self):
+        """All steps that are left. SIGINT and SIGTERM end it after the step in progress, with a checkpoint."""
+        s = self.settings
+        searching = max(1, round(SEARCH * s.steps))                    # the hand-over comes before step number `searching`
+        every_snapshot, every_row = max(1, searching // 200), max(1, s.steps // 400)
+        stop = []                                                      # the signals that came
+        handlers = {number: signal.signal(number, lambda n, _: stop.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+        bar = tqdm(total=s.steps, initial=self.step, desc=f"x{s.scale}", unit="step", disable=None, dynamic_ncols=True)
+        last = saved = time.perf_counter()
+        while self.step < s.steps and not stop:
+            # 1. Where are we in the schedules?
+            progress = progress_at(self.step, s.steps)
+            for group in self.optimiser.param_groups:
+                group["lr"] = learning_rate_at(self.step, s.steps)
+            # 2. One step, of the supernet or, from the hand-over on, of the network it has become.
+            if self.step < searching:
+                loss, weights, cost = self.search_step(progress)
+                self.sum = weights if self.sum is None else Weights(*map(torch.add, self.sum, weights))
+                if self.step % every_snapshot == 0:
+                    self.snapshots.append((self.step, Weights(*(w.cpu() for w in weights))))
+            else:
+                if self.network is None:
+                    self.hand_over()
+                loss = self.training_step()
+            # 3. Keep books. The loss leaves the device only when it is shown.
+            self.recent = self.recent + loss
+            phase, now = "search" if self.step < searching else "training", time.perf_counter()
+            self.seconds[phase] += now - last
+            last = now
+            self.step += 1
+            if self.step % every_row == 0 or self.step == s.steps:
+                steps = self.step % every_row or every_row
+                live = (1, 1, 1) if self.network else live_choices(weights)
+                cost = self.network.architecture.multiply_adds() if self.network else cost.item()
+                self.history.append(dict(step=self.step, seconds=round(sum(self.seconds.values()), 2), progress=progress,
+                                         loss=self.recent.item() / steps, live_exits=live[0], live_operations=live[1],
+                                         live_widths=live[2], multiply_adds=cost))
+                self.recent = torch.zeros_like(self.recent)
+                bar.set_postfix_str(f"loss {self.history[-1]['loss']:.4f}, live {live[0]} exits {live[1]:.1f} operations "
+                                    f"{live[2]:.1f} widths, {cost / 1e9:.1f}G", refresh=False)
+            bar.update()
+            # 4. Lose at most a minute.
+            if now - saved > 60:
+                self.save()
+                saved = time.perf_counter()
+        bar.close()
+        self.save()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if stop:
+            print(f"interrupted at step {self.step}; go on with: python search.py --resume --out {shlex.quote(str(self.out))}",
+                  file=sys.stderr)
+            sys.exit(128 + stop[0])
+
+    # --- Checkpoints: tensors, numbers and strings only, so that they load with weights_only=True ---
+    def save(self):
+        state = dict(step=self.step, seconds=self.seconds, recent=self.recent, history=self.history, sum=self.sum and tuple(self.sum),
+                     snapshots=[(step, tuple(weights)) for step, weights in self.snapshots], report=self.hand_over_report,
+                     random=[self.generator.get_state(), torch.get_rng_state()], optimiser=self.optimiser.state_dict())
+        if self.device.type == "cuda":
+            state["random"].append(torch.cuda.get_rng_state())
+        if self.network:
+            state |= dict(architecture=self.network.architecture.to_json(), network=self.network.state_dict())
+        else:
+            state |= dict(supernet=self.supernet.state_dict(), logits_optimiser=self.logits_optimiser.state_dict())
+        write_whole(self.out / "checkpoint.pt", partial(torch.save, state))
+
+    def load(self):
+        state = torch.load(self.out / "checkpoint.pt", map_location=self.device, weights_only=True)
+        self.step, self.seconds, self.recent, self.history = (state[key] for key in ("step", "seconds", "recent", "history"))
+        self.sum = state["sum"] and Weights(*state["sum"])
+        self.snapshots = [(step, Weights(*(w.cpu() for w in weights))) for step, weights in state["snapshots"]]
+        self.hand_over_report = state["report"]
+        if "network" in state:
+            self.network = Network(Architecture.from_json(state["architecture"])).to(self.device, memory_format=torch.channels_last)
+            self.network.load_state_dict(state["network"])
+            self.optimiser, self.supernet, self.logits_optimiser = self.adam(self.network.parameters()), None, None
+        else:
+            self.supernet.load_state_dict(state["supernet"])
+            self.logits_optimiser.load_state_dict(state["logits_optimiser"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.generator.set_state(state["random"][0].cpu())
+        torch.set_rng_state(state["random"][1].cpu())
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["random"][2].cpu())
+
+    # --- What a run leaves behind ---
+    def finish(self):
+        """Write everything of the run's folder but settings.json and checkpoint.pt, and print the table."""
+        out, architecture = self.out, self.network.architecture
+        steps, weights = zip(*self.snapshots)
+        over_time = {name: torch.stack(each).numpy() for name, each in zip(Weights._fields, zip(*weights))}   # (T, ...)
+        write_whole(out / "distributions.npz", partial(np.savez_compressed, steps=np.array(steps), **over_time))
+        write_whole(out / "levels.png", draw_levels(self.space, architecture.path, steps, Weights(**over_time)).savefig)
+        write_whole(out / "architecture.png", draw_architecture(architecture).savefig)
+        write_whole(out / "architecture.json", lambda path: path.write_text(architecture.to_json() + "\n"))
+        write_whole(out / "network.pt", partial(torch.save, {k: v.cpu().contiguous() for k, v in self.network.state_dict().items()}))
+        text = io.StringIO(newline="")
+        rows = csv.DictWriter(text, self.history[0])
+        rows.writeheader()
+        rows.writerows(self.history)
+        write_whole(out / "history.csv", lambda path: path.write_text(text.getvalue(), newline=""))
+        # Measured on the CPU, where figures repeat, on a photograph that no training folder of ours holds.
+        hr = crop_to(sample_photo(), architecture.scale)
+        lr, network = degrade(hr, architecture.scale), self.network.cpu().eval()
+        methods = [("bicubic", None, resize(lr, architecture.scale)), (out.name, architecture, super_resolve(network, lr))]
+        table = format_table(f"matplotlib's sample photograph, x{architecture.scale}", [
+            (name, a, [("sample", psnr(hr, sr, architecture.scale), ssim(hr, sr, architecture.scale))]) for name, a, sr in methods])
+        report = self.hand_over_report
+        text = (f"{table}\nSearch {self.seconds['search']:.0f} s, training {self.seconds['training']:.0f} s, {self.step} steps. Path "
+                f"{architecture.path}, {architecture.multiply_adds() / self.settings.budget:.0%} of the budget of "
+                f"{self.settings.budget / 1e9:.4g}G.\nAt the hand-over (step {report['step']}): PSNR of the supernet "
+                f"{report['psnr_supernet']:.2f} dB, of the derived network {report['psnr_network']:.2f} dB, largest difference "
+                f"{report['largest_difference']:.1e}.\n")
+        write_whole(out / "results.md", lambda path: path.write_text(text))
+        print(text)
+
+
+def live_choices(weights: Weights) -> tuple[int, float, float]:
+    """Exits with a weight, then operations and widths with a weight per choice (on average)."""
+    gamma, alpha, beta = (w > 0 for w in weights)
+    return int(gamma.sum()), alpha.sum(-1).float().mean().item(), beta.sum(-1).float().mean().nan_to_num(1.0).item()
+
+
+def draw_levels(space: Space, path: str, steps, weights: Weights) -> Figure:
+    """The three levels over training, as heat maps: all exits, and the operations and widths of the cells on `path`.
+
+    steps: (T,). weights: numpy arrays over time, (T, nodes), (T, cells, positions, operations), (T, cells, positions - 1, widths).
+    """
+    nodes = [node for node in space.nodes if node[-1] == "c"]
+    cells = [nodes.index(path[:i + 1]) for i, letter in enumerate(path) if letter == "c"]
+    panels = [("network: exits", weights.gamma, space.nodes)]
+    for title, level, names in ("cell: operations", weights.alpha, OPERATIONS), ("kernel: widths", weights.beta, space.widths):
+        rows = level[:, cells]                                         # (T, cells on the path, places, candidates)
+        labels = [f"{c + 1}.{p + 1} {name}" for c in range(rows.shape[1]) for p in range(rows.shape[2]) for name in names]
+        panels.append((title, rows.reshape(len(rows), -1), labels))
+    figure = Figure(figsize=(15, 2 + 0.16 * max(len(labels) for *_, labels in panels)), layout="constrained")
+    for axis, (title, level, labels) in zip(figure.subplots(1, 3), panels):
+        mesh = axis.pcolormesh(np.append(steps, 2 * steps[-1] - steps[-2] if len(steps) > 1 else steps[-1] + 1),
+                               np.arange(len(labels) + 1), level.T, vmin=0, vmax=1, cmap="viridis", rasterized=True)
+        axis.set_title(f"{title}" if axis is not None and title.startswith("network") else f"{title} on the path {path}")
+        axis.set_yticks(np.arange(len(labels)) + 0.5, labels, fontsize=7)
+        axis.invert_yaxis()
+        axis.set_xlabel("training step")
+    figure.colorbar(mesh, ax=figure.axes, label="weight", fraction=0.02)
+    return figure
+
+
+# --- 4. The command line -------------------------------------------------------------------------------------------
+
+def multiply_adds(text: str) -> float:
+    """"18G", "750M" or "1.8e10" -> a positive number of multiply-adds."""
+    try:
+        value = float(text[:-1]) * {"G": 1e9, "M": 1e6}[text[-1].upper()] if text[-1:].isalpha() else float(text)
+    except (ValueError, KeyError):
+        value = -1.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of multiply-adds like 18G or 750M")
+    return value
+
+
+def positive(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def arguments() -> argparse.ArgumentParser:
+    # No defaults here: what was not given comes from the preset or, with --resume, from the run.
+    parser = argparse.ArgumentParser(prog="search.py", description="Search, train, derive and measure an SR network.")
+    add = parser.add_argument_group("the task").add_argument
+    add("--scale", type=int, choices=(2, 3, 4), help="enlargement (default: 2)")
+    add("--data", metavar="DIR", help="photographs, searched recursively (default: generated pictures)")
+    add("--budget", type=multiply_adds, metavar="G", help="most multiply-adds for a 1280x720 output, such as 18G (default: the preset's)")
+    add("--activation", choices=ACTIVATIONS, help="logits to weights, see sparsestmax.py (default: sparsestmax)")
+    add = parser.add_argument_group("the run").add_argument
+    add("--out", type=Path, metavar="DIR", help="folder of the run (default: runs/x2, x3 or x4)")
+    add("--resume", action="store_true", help="go on with the run in --out, with its settings")
+    add("--seed", type=int, help="of weights, logits, data split and patches (default: 0)")
+    add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
+    add("--preset", choices=PRESETS, help="sizes and steps (default: full on cuda, else lesson)")
+    add = parser.add_argument_group("sizes (default: the preset's)").add_argument
+    add("--steps", type=positive, help=f"training steps, the first {SEARCH:.0%} of which search")
+    add("--channels", type=positive, help="width of a cell's ends, a multiple of 8")
+    add("--cells", type=positive, help="most cells on a path")
+    add("--positions", type=positive, help="operations in a cell")
+    add("--batch", type=positive, help="patches in a batch")
+    add("--patch", type=positive, help="side of an LR patch, in pixels")
+    add("--bfloat16", action=argparse.BooleanOptionalAction, default=None, help="convolve in bfloat16")
+    return parser
+
+
+def settings_of(args: argparse.Namespace) -> tuple[argparse.Namespace, Path]:
+    """Command line -> complete settings and the run's folder; ValueError where they contradict each other or the folder."""
+    given = {name: value for name, value in vars(args).items() if value is not None and name not in ("out", "resume")}
+    out = args.out or Path("runs") / f"x{args.scale or 2}"
+    if args.resume:
+        if not (out / "checkpoint.pt").is_file():
+            raise ValueError(f"{out} holds no run to resume (no checkpoint.pt); start one without --resume")
+        saved = json.loads((out / "settings.json").read_text())["settings"]
+        different = [f"--{name} {value} (the run has {saved[name]})" for name, value in given.items() if saved[name] != value]
+        if different:
+            raise ValueError(f"a run goes on with its own settings; leave out {', '.join(different)}")
+        return argparse.Namespace(**saved), out
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty: go on with --resume, choose another --out, or delete it")
+    device = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    preset = given.get("preset") or ("full" if device.startswith("cuda") else "lesson")
+    settings = dict(scale=2, data=None, activation="sparsestmax", seed=0, device=device, preset=preset) | PRESETS[preset] | given
+    if isinstance(settings["budget"], dict):
+        settings["budget"] = settings["budget"][settings["scale"]]
+    return argparse.Namespace(**settings), out
+
+
+def describe(settings: argparse.Namespace) -> dict:
+    device = torch.device(settings.device)
+    return dict(settings=vars(settings), command=shlex.join(["python", *sys.argv]),
+                versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
+                hardware=torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores")
+
+
+def main(argv=None):
+    parser = arguments()
+    args = parser.parse_args(argv)
+    try:
+        settings, out = settings_of(args)
+        try:
+            torch.empty(1, device=settings.device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"--device {settings.device} does not work here: {str(error).splitlines()[0]}") from None
+        run = Run(settings, out)
+        run.load_data()
+        if args.resume:
+            run.load()
+        else:
+            out.mkdir(parents=True, exist_ok=True)
+            write_whole(out / "settings.json", lambda path: path.write_text(json.dumps(describe(settings), indent=1) + "\n"))
+        run.run()
+        run.finish()
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"search.py: error: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,400 @@
+"""The continuous relaxation: every network of the space at once, weighted, melting into one.
+
+search_space.py spells discrete networks; here each of the three questions becomes a point on a simplex, produced
+from learnable logits by *one* activation f(logits, progress) of sparsestmax.py (arXiv 2101.06658, section 3):
+
+    level     logits  shape (full x4 space)  what the weights mix
+    network   gamma   (55,)                  the exits: SR = sum_i gamma_i exit_i
+    cell      alpha   (35, 5, 4)             the operations of a position: y = sum_k alpha_k op_k(x)
+    kernel    beta    (35, 4, 5)             the widths between two positions: one staircase mask, below
+
+*Widths by one mask.* A kernel of width w is the leading slice of the widest one, so the mixture over widths needs no
+pass per width: channel number ch survives in every width larger than ch, hence its total weight is the staircase
+
+    m[ch] = sum_w beta_w 1[ch < w]
+
+and one convolution at the widest live width, times m, is the whole mixture. Where a width shows up inside an
+operation the same rule applies: the hidden channels of "dws" are four for each input channel, so their staircase is
+the input's, each step four times as long; between the two convolutions of "residual" lies the output's staircase; and
+a shortcut is p x + (1 - p) conv(x), p being the probability that the two widths agree. At one-hot weights each of
+these *is* the operation of search_space.py. That is why inheriting is an identity and needs no retraining.
+
+*Zeros are free.* Sparse activations give weights that are exactly zero, and a zero gets no gradient. So a
+dead operation is not computed, channels past the widest live width are sliced off, and a node of the path tree is
+computed only if a live exit lies at or below it. None of this changes a number (tests/test_supernet.py compares with
+the dense evaluation, values and gradients). An activation whose zeros do carry a gradient, such as the
+straight-through gumbel, says so by an attribute `dense = True` and is evaluated in full.
+
+    >>> net = Supernet(Space(scale=2, channels=16, cells=2, positions=2), sparsestmax)
+    >>> weights = net.weights(progress=1.0)                    # at the end of the schedule: all one-hot
+    >>> found = net.inherit(net.derive(weights))
+    >>> x = torch.rand(1, 3, 8, 8)
+    >>> (found(x) - net(x, weights)).abs().max().item() < 1e-5
+    True
+"""
+from typing import Callable, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from search_space import (OPERATIONS, OUTPUT_PIXELS, Architecture, Network, Space, Tail, conv, enlarge, magnification,
+                          make_up)
+from sparsestmax import sparsestmax
+
+
+# The network level runs through its schedule this much faster than the others. Nearly all the work of a dense supernet is
+# in paths that will be dropped, and the operations of a cell are better chosen once it is known whose path it lies on.
+LEAD = 2.0
+
+
+class Weights(NamedTuple):
+    """A point on every simplex: gamma (nodes,), alpha (cells, positions, operations), beta (cells, positions - 1, widths)."""
+    gamma: torch.Tensor
+    alpha: torch.Tensor
+    beta: torch.Tensor
+
+
+# --- One cell of the supernet --------------------------------------------------------------------------------------
+
+class Side(NamedTuple):
+    """One interface between two positions: its staircase (nf,), and the weights of its widths as plain numbers."""
+    mask: torch.Tensor
+    values: np.ndarray                                         # (widths,)
+    live: int                                                  # channels up to the widest live width
+
+    def masked(self, x: torch.Tensor, repeat: int = 1) -> torch.Tensor:
+        """x (B, repeat * live, H, W) times the staircase; nothing to do where one width has all the weight."""
+        if 1.0 in self.values:
+            return x
+        mask = self.mask[:self.live].repeat_interleave(repeat)                     # (repeat * live,)
+        return x * mask.to(x.dtype).view(1, -1, 1, 1)
+
+
+def sliced(layer: nn.Conv2d, x: torch.Tensor, d: int) -> torch.Tensor:
+    """`layer` as if it had only x's channels and `d` outputs: (B, c, H, W) -> (B, d, H, W)."""
+    groups = 1 if layer.groups == 1 else d                     # depthwise: one group for each channel that is left
+    return F.conv2d(x, layer.weight[:d, :x.shape[1]] if groups == 1 else layer.weight[:d], None, 1, layer.padding, 1, groups)
+
+
+def mixed_shortcut(layer: nn.Conv2d, x: torch.Tensor, inner: Side, outer: Side, p: torch.Tensor) -> torch.Tensor:
+    """p x + (1 - p) conv(x), where p = sum_w beta_in(w) beta_out(w) is the chance that the widths agree."""
+    agree = (inner.values * outer.values).sum()                # the same number as p, known to Python
+    d, y = outer.live, 0.0
+    if agree != 0:
+        same = x[:, :d] if x.shape[1] >= d else F.pad(x, (0, 0, 0, 0, 0, d - x.shape[1]))
+        y = same if agree == 1 else p * same                   # (B, d, H, W)
+    if agree != 1:
+        y = y + (1 - p) * sliced(layer, x, d)
+    return y
+
+
+def mixed_operation(name: str, op: nn.Module, x: torch.Tensor, inner: Side, outer: Side, p: torch.Tensor) -> torch.Tensor:
+    """The operation `name` between two interfaces of uncertain width; (B, inner.live, H, W) -> (B, outer.live, H, W).
+
+    Line for line the forward pass of search_space.py, with each layer sliced and each new width masked. The mask on the
+    result is left to the caller, since it is the same for all operations of a position.
+    """
+    d = outer.live
+    if name in ("skip1x1", "conv3x3"):
+        return F.relu(sliced(op.conv, x, d))
+    if name == "residual":
+        hidden = outer.masked(F.relu(sliced(op.conv1, x, d)))                      # (B, d, H, W)
+        y = sliced(op.conv2, hidden, d)
+    elif name == "dws":
+        hidden = inner.masked(F.relu(sliced(op.expand, x, 4 * inner.live)), repeat=4)   # (B, 4c, H, W)
+        y = sliced(op.project, F.relu(sliced(op.depthwise, hidden, 4 * inner.live)), d)
+    return F.relu(y + mixed_shortcut(op.shortcut, x, inner, outer, p))             # (B, d, H, W)
+
+
+class MixedCell(nn.Module):
+    """All operations at all positions, at full width, with weights of their own."""
+    def __init__(self, space: Space):
+        super().__init__()
+        nf = space.channels
+        self.ops = nn.ModuleList(nn.ModuleDict({name: make(nf, nf) for name, (make, *_) in OPERATIONS.items()})
+                                 for _ in range(space.positions))
+        for position in self.ops:                              # between equal widths a shortcut is the identity, but a
+            for op in position.values():                       # mixture of widths may need its 1x1 convolution as well
+                if hasattr(op, "shortcut"):
+                    op.shortcut = conv(nf, nf, 1)
+
+    def forward(self, x, alpha, alpha_values, sides, agreements):
+        """x (B, nf, H, W) -> the same. alpha (positions, operations); one Side more than positions."""
+        y = x
+        for i, position in enumerate(self.ops):
+            inner, outer, mixture = sides[i], sides[i + 1], 0.0
+            for k, (name, op) in enumerate(position.items()):
+                weight = alpha_values[i, k]
+                if weight == 0:
+                    continue                                   # a dead operation costs nothing
+                z = mixed_operation(name, op, y, inner, outer, agreements[i])
+                mixture = mixture + (z if weight == 1 else alpha[i, k] * z)        # (B, outer.live, H, W)
+            y = outer.masked(mixture)
+        return x + 0.2 * y
+
+
+# --- The whole tree ------------------------------------------------------------------------------------------------
+
+class Supernet(nn.Module):
+    """Every network of `space` at once.
+
+    activation: any map of the form f(logits (..., K), progress in [0, 1]) -> weights (..., K), see sparsestmax.py.
+    spread: standard deviation of the initial logits, small enough that no choice starts with a lead.
+    recompute: run each cell a second time in the backward pass instead of keeping its activations; the same numbers, a
+    third more time, and memory for one cell rather than for the whole tree.
+    """
+    def __init__(self, space: Space, activation: Callable = sparsestmax, spread: float = 1e-3, recompute: bool = False):
+        super().__init__()
+        self.space, self.activation, self.recompute = space, activation, recompute
+        nodes, nf = space.nodes, space.channels
+        self.cell_of = {node: i for i, node in enumerate(n for n in nodes if n[-1] == "c")}   # node -> row of alpha, beta
+        self.gamma = nn.Parameter(spread * torch.randn(len(nodes)))
+        self.alpha = nn.Parameter(spread * torch.randn(len(self.cell_of), space.positions, len(OPERATIONS)))
+        self.beta = nn.Parameter(spread * torch.randn(len(self.cell_of), space.positions - 1, len(space.widths)))
+        self.register_buffer("allowed", torch.ones(len(nodes), dtype=torch.bool))   # exits that can meet the budget
+
+        self.head = conv(3, nf, 3, bias=True)                  # no two paths share anything but this and common prefixes
+        self.body = nn.ModuleDict({n: MixedCell(space) if n[-1] == "c" else make_up(space, n) for n in nodes})
+        self.tails = nn.ModuleDict({n: Tail(nf, space.scale // self._magnification(n)) for n in nodes})
+
+        steps = torch.tensor([[float(ch < w) for ch in range(nf)] for w in space.widths])
+        self.register_buffer("steps", steps, persistent=False)                      # (widths, nf): one stair per width
+        # Multiply-adds are integers far beyond float32's 24 bits, so every table of them is float64. The cost of exit i
+        # is fixed[i] + sum over cells c of on_path[i, c] * cost(c): what no choice changes, and the cells before it, each
+        # counted once for every pixel it runs on. All per LR pixel.
+        table = [[[count(c, d) for d in space.widths] for c in space.widths] for _, count, _ in OPERATIONS.values()]
+        pixels = [self._magnification(n) ** 2 for n in nodes]
+        ups = [sum(9 * nf * nf * p for m, p in zip(nodes, pixels) if m[-1] == "u" and n.startswith(m)) for n in nodes]
+        fixed = [27 * nf + up + self.tails[n].conv.weight.numel() * p for n, p, up in zip(nodes, pixels, ups)]
+        on_path = [[p * n.startswith(m) for m, p in zip(nodes, pixels) if m[-1] == "c"] for n in nodes]
+        for name, numbers in ("table", table), ("fixed", fixed), ("on_path", on_path):
+            self.register_buffer(name, torch.tensor(numbers, dtype=torch.float64), persistent=False)
+        self.register_buffer("parents", torch.tensor([nodes.index(n[:-1]) for n in nodes[1:]]), persistent=False)
+
+    def _magnification(self, node: str) -> int:
+        return magnification(self.space.scale, self.space.upsample, node)
+
+    @property
+    def lr_pixels(self) -> int:
+        """LR pixels of an image whose SR image has 1280x720."""
+        return OUTPUT_PIXELS // self.space.scale ** 2
+
+    def logits(self) -> list[nn.Parameter]:
+        return [self.gamma, self.alpha, self.beta]
+
+    def weights(self, progress: float) -> Weights:
+        """THE place where logits become weights. Forward pass, derivation, cost, logs and plots all read its result."""
+        gamma = self.gamma.masked_fill(~self.allowed, -torch.inf)                   # -inf: weight exactly 0
+        schedule = min(1.0, LEAD * progress), progress, progress
+        return Weights(*map(self.activation, (gamma, self.alpha, self.beta), schedule))
+
+    def with_ends(self, beta):
+        """(cells, positions - 1, widths) -> (cells, positions + 1, widths): a cell's two ends have the full width."""
+        end = torch.zeros_like(beta[:, :1]) if self.space.positions > 1 else beta.new_zeros(len(beta), 1, beta.shape[-1])
+        end[..., -1] = 1
+        return torch.cat([end, beta, end], 1)
+
+    def forward(self, x: torch.Tensor, weights: Weights, dense: bool = False) -> torch.Tensor:
+        """(B, 3, h, w) -> (B, 3, scale h, scale w): the weighted sum of all exits.
+
+        weights: from `weights(progress)`. dense: compute what has weight zero too; only tests and benchmarks want that.
+        """
+        space, nodes = self.space, self.space.nodes
+        beta = self.with_ends(weights.beta)                                         # (cells, positions + 1, widths)
+        masks = (beta[..., None] * self.steps).sum(-2)         # (cells, positions + 1, nf); @ would be cast by autocast
+        agree = (beta[:, :-1] * beta[:, 1:]).sum(-1)                                # (cells, positions)
+        # What to skip is decided by Python, so the weights must reach it: one transfer for all, the only one of a step.
+        flat = torch.cat([w.detach().flatten() for w in (weights.gamma, weights.alpha, beta)]).cpu().numpy()
+        gamma_v, alpha_v, beta_v = np.split(flat, np.cumsum([weights.gamma.numel(), weights.alpha.numel()]))
+        alpha_v, beta_v = alpha_v.reshape(weights.alpha.shape), beta_v.reshape(beta.shape)
+        if dense or getattr(self.activation, "dense", False):  # NaN is neither 0 nor 1: nothing is skipped or shortened
+            gamma_v, alpha_v, beta_v = (np.full_like(v, np.nan) for v in (gamma_v, alpha_v, beta_v))
+
+        needed = {exit[:i] for exit, g in zip(nodes, gamma_v) if g != 0 for i in range(1, len(exit) + 1)}
+        trail = [self.head(x)] + [None] * max(map(len, nodes))                      # features on the way to a node
+        out = 0.0
+        for i, node in enumerate(nodes):                       # in preorder, so trail[depth] is the latest, the parent's
+            if node not in needed:
+                continue                                       # no live exit here or below
+            h = trail[len(node) - 1]                                                # (B, nf, H, W)
+            if node[-1] == "u":
+                h = self.body[node](h)                                              # (B, nf, factor H, factor W)
+            else:
+                c = self.cell_of[node]
+                sides = [Side(masks[c, j], v, space.widths[np.flatnonzero(v != 0)[-1]]) for j, v in enumerate(beta_v[c])]
+                arguments = h, weights.alpha[c], alpha_v[c], sides, agree[c]
+                if self.recompute and torch.is_grad_enabled() and (alpha_v[c] != 1).any(-1).any():
+                    h = checkpoint(self.body[node], *arguments, use_reentrant=False)
+                else:
+                    h = self.body[node](*arguments)
+            trail[len(node)] = h
+            if gamma_v[i] != 0:
+                y = self.tails[node](h)                                             # (B, 3, scale h, scale w)
+                if space.output == "tanh":
+                    y = (torch.tanh(y) + 1) / 2
+                out = out + (y if gamma_v[i] == 1 else weights.gamma[i] * y)
+        return out if space.output == "tanh" else out + enlarge(x, space.scale)     # sum_i gamma_i = 1: the base once
+
+    # --- What the search adds to the loss --------------------------------------------------------------------------
+    def exit_costs(self, weights: Weights) -> torch.Tensor:
+        """Expected multiply-adds of every exit, float64 (nodes,), for a 1280x720 output.
+
+        The expectation over independent choices is exact, because the cost of an operation involves the widths on
+        its two sides only: E = sum_k sum_ij alpha_k beta_in(i) beta_out(j) cost(k, i, j). At one-hot weights it is
+        the count of the derived network, to the unit.
+        """
+        alpha, beta = weights.alpha.double(), self.with_ends(weights.beta.double())
+        cells = torch.einsum("cpk,cpi,kij,cpj->c", alpha, beta[:, :-1], self.table, beta[:, 1:])
+        return (self.fixed + self.on_path @ cells) * self.lr_pixels
+
+    def multiply_adds(self, weights: Weights) -> torch.Tensor:
+        """Expected multiply-adds for a 1280x720 output: 0-d, float64, differentiable."""
+        return weights.gamma.double() @ self.exit_costs(weights)
+
+    def order_loss(self, weights: Weights) -> torch.Tensor:
+        """The "sorted" of sorted sparsestmax: what a deeper exit weighs more than its parent, summed over the tree.
+
+        A hinge on the weights, so it is bounded and stops where the order holds; added to the loss it favours shallow exits.
+        """
+        return F.relu(weights.gamma[1:] - weights.gamma[self.parents]).sum()
+
+    def order_loss_released(self) -> torch.Tensor:
+        """The form in the authors' released code, for comparison: raw logits, no hinge, summed along each complete path.
+
+        It telescopes: all that remains is (sum over leaves) - (number of leaves) * root, without a floor.
+        """
+        nodes = self.space.nodes
+        paths = [[nodes.index(leaf[:i]) for i in range(1, len(leaf) + 1)] for leaf in self.space.leaves]
+        return sum((self.gamma[path[1:]] - self.gamma[path[:-1]]).sum() for path in paths)
+
+    # --- From weights to one network -------------------------------------------------------------------------------
+    def derive(self, weights: Weights, budget: tuple[float, float] | None = None, mean: Weights | None = None) -> Architecture:
+        """The architecture with the largest weight at every choice; if `budget` is given, the best one within it.
+
+        budget: (least, most) multiply-adds for a 1280x720 output. mean: the weights averaged (or summed) over the whole search. Where
+        the decisions as they stand miss the budget, those are changed that the search was least sure of: a decision for b
+        in place of a loses log(mean_b / mean_a), and the smallest total loss within the budget wins.
+        Raises ValueError if the space has no network within the budget.
+        """
+        weights, mean = ([w.detach().double().cpu().numpy() for w in each] for each in (weights, mean or weights))
+        picks = [w.argmax(-1) for w in weights]
+        architecture = self._spell(*picks)
+        if budget is None or budget[0] <= architecture.multiply_adds() <= budget[1]:
+            return architecture
+        scores = []
+        for w, pick in zip(mean, picks):
+            w = np.log(np.maximum(w, 1e-9))
+            # 0 for what is decided now, a loss for everything else
+            scores.append(np.minimum(w - np.take_along_axis(w, np.expand_dims(pick, -1), -1), 0))
+        scores[0][~self.allowed.cpu().numpy()] = -np.inf
+        return self._spell(*self._knapsack(*scores, *budget))
+
+    def _spell(self, exit, operations, widths) -> Architecture:
+        path, names = self.space.nodes[exit], tuple(OPERATIONS)
+        cells = [self.cell_of[path[:i + 1]] for i, letter in enumerate(path) if letter == "c"]
+        return self.space.architecture(path, [[names[k] for k in operations[c]] for c in cells],
+                                       [[self.space.widths[w] for w in widths[c]] for c in cells])
+
+    def _knapsack(self, gamma, alpha, beta, least, most, buckets=2000):
+        """argmax of gamma[exit] + sum alpha[op] + sum beta[width] among the networks that cost `least` to `most`.
+
+        Along one path the operations form a chain, so dynamic programming is exact but for the rounding of costs to
+        `buckets`: value[w, b] is the best score of a chain so far that ends in width w and has spent b buckets.
+        """
+        space, table = self.space, self.table.cpu().numpy()
+        unit = most / self.lr_pixels / buckets                                      # one bucket, per LR pixel
+        with np.errstate(divide="ignore"):                     # log 0 = -inf: a cell must end at full width
+            beta = np.log(self.with_ends(torch.from_numpy(np.exp(beta))).numpy())   # (cells, positions + 1, widths)
+        best, widest = (-np.inf, None), len(space.widths) - 1
+        for exit, (fixed, areas) in enumerate(zip(self.fixed.tolist(), self.on_path.tolist())):
+            chain = [(c, p, area) for c, area in enumerate(areas) if area for p in range(space.positions)]
+            slack = len(chain) / 2 + 1                         # rounding to buckets can be wrong by half of one each time
+            low, high, start = int(np.ceil(least / most * buckets + slack)), int(buckets - slack), round(fixed / unit)
+            if gamma[exit] == -np.inf or start > high or low > high:
+                continue
+            value = np.full((widest + 1, high + 1), -np.inf)
+            value[widest, start] = gamma[exit]
+            steps = []                                         # for each position: which (operation, width before) won
+            for c, p, area in chain:
+                costs = np.rint(table * area / unit).astype(int)                    # (operations, widths, widths)
+                new, won = np.full_like(value, -np.inf), np.zeros((*value.shape, 2), dtype=int)
+                for (k, i, j), cost in np.ndenumerate(costs):
+                    if cost <= high:
+                        candidate = value[i, :high + 1 - cost] + alpha[c, p, k] + beta[c, p + 1, j]
+                        better = candidate > new[j, cost:]
+                        new[j, cost:][better] = candidate[better]
+                        won[j, cost:][better] = k, i
+                steps.append((c, p, costs, won))
+                value = new
+            bucket, width = low + int(value[widest, low:].argmax()), widest
+            if value[width, bucket] > best[0]:
+                operations, widths = np.zeros(alpha.shape[:2], int), np.zeros(beta.shape[:2], int)
+                score = value[width, bucket]
+                for c, p, costs, won in reversed(steps):       # walk back from the end of the chain
+                    k, before = won[width, bucket]
+                    operations[c, p], widths[c, p + 1] = k, width
+                    bucket, width = bucket - costs[k, before, width], before
+                best = score, (exit, operations, widths[:, 1:-1])
+        if best[1] is None:
+            raise ValueError(f"no network of this space has between {least / 1e9:.3g}G and {most / 1e9:.3g}G multiply-adds")
+        return best[1]
+
+    def cost_range(self) -> tuple[np.ndarray, np.ndarray]:
+        """Multiply-adds of the cheapest and of the most expensive network at every exit, (nodes,) each."""
+        table, bounds = self.table.cpu().numpy(), []
+        for better, worst in (np.minimum, np.inf), (np.maximum, -np.inf):
+            value = np.full(table.shape[1], worst)
+            value[-1] = 0                                      # value[w]: best total of a cell so far that ends in width w
+            for _ in range(self.space.positions):
+                value = better.reduce(value[None, :, None] + table, axis=(0, 1))
+            cells = np.full(len(self.cell_of), value[-1])
+            bounds.append((self.fixed.cpu().numpy() + self.on_path.cpu().numpy() @ cells) * self.lr_pixels)
+        return tuple(bounds)
+
+    def restrict(self, least: float, most: float) -> None:
+        """Forbid every exit behind which no network costs `least` to `most` multiply-adds; it is never computed.
+
+        Raises ValueError, naming what is possible, if that leaves no network.
+        """
+        low, high = self.cost_range()
+        if low.min() > most:
+            raise ValueError(f"no network meets a budget of {most / 1e9:.3g}G multiply-adds: the smallest of this space "
+                             f"has {low.min() / 1e9:.4g}G (for a 1280x720 output)")
+        if high.max() < least:
+            raise ValueError(f"no network uses a budget of {most / 1e9:.3g}G multiply-adds: the largest of this space "
+                             f"has {high.max() / 1e9:.4g}G (for a 1280x720 output)")
+        self.allowed.copy_(torch.from_numpy((low <= most) & (high >= least)))
+        self._knapsack(*(np.zeros(logits.shape) for logits in self.logits()), least, most)   # is there really one?
+
+    def origins(self, network: Network):
+        """Pairs (parameter of `network`, parameter of this supernet whose leading slice it is)."""
+        a, mine = network.architecture, dict(self.named_parameters())
+        for name, parameter in network.named_parameters():
+            part, *rest = name.split(".")
+            if part == "tail":
+                source = ["tails", a.path, *rest]
+            elif part == "body":
+                i = int(rest[0])
+                source = ["body", a.path[:i + 1], *rest[1:]]
+                if a.path[i] == "c":                           # body.I.ops.POSITION... has one operation, ours has all
+                    position = int(rest[2])
+                    source.insert(4, a.operations[a.path[:i].count("c")][position])
+            else:
+                source = [part, *rest]
+            yield parameter, mine[".".join(source)]
+
+    def inherit(self, architecture: Architecture) -> Network:
+        """The network with its learned weights. At one-hot weights it computes what this supernet computes."""
+        network = Network(architecture).to(self.gamma.device)
+        with torch.no_grad():
+            for parameter, source in self.origins(network):
+                parameter.copy_(leading(source, parameter))
+        return network
+
+
+def leading(source: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The leading slice of `source` that has the shape of `like`."""
+    return source[tuple(map(slice, like.shape))]

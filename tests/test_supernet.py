@@ -1,0 +1,219 @@
+"""The relaxation is exact where it must be: skipping zeros, counting, and handing the weights over change no number."""
+import itertools
+import random
+
+import pytest
+import torch
+
+from search_space import OPERATIONS, Network, Space
+from sparsestmax import ACTIVATIONS
+from supernet import MixedCell, Supernet, Weights
+
+SPACES = [Space(2, 24, 2, 3), Space(3, 24, 2, 2, output="tanh"), Space(4, 16, 2, 2), Space(4, 24, 2, 1, upsample="plain")]
+
+
+def make(space, activation="sparsestmax", seed=0, spread=1.0, dtype=torch.float64, **options):
+    torch.manual_seed(seed)
+    net = Supernet(space, ACTIVATIONS[activation], spread, **options)
+    net = net.double() if dtype == torch.float64 else net      # .float() would cut the cost tables, float64 by design
+    for tail in net.tails.values():                            # born near zero; here they must show what is before them
+        torch.nn.init.normal_(tail.conv.weight, std=0.1)
+    return net
+
+
+def choose(net, architecture):
+    """Set the logits so that the architecture is the largest choice everywhere on its path."""
+    space, a = net.space, architecture
+    with torch.no_grad():
+        net.gamma[space.nodes.index(a.path)] = net.gamma.max() + 1
+        cells = [a.path[:i + 1] for i, letter in enumerate(a.path) if letter == "c"]
+        for cell, names, widths in zip(cells, a.operations, a.widths):
+            c = net.cell_of[cell]
+            for p, name in enumerate(names):
+                net.alpha[c, p, list(OPERATIONS).index(name)] = net.alpha[c, p].max() + 1
+            for p, width in enumerate(widths):
+                net.beta[c, p, space.widths.index(width)] = net.beta[c, p].max() + 1
+
+
+def outcome(net, progress, dense):
+    """Output, and the gradient of a nonlinear function of it for every parameter (zeros where none arrived)."""
+    net.zero_grad()
+    torch.manual_seed(1)                                       # gumbel draws
+    x = torch.rand(2, 3, 5, 6, dtype=net.gamma.dtype)
+    y = net(x, net.weights(progress), dense=dense)
+    (y ** 2).mean().backward()
+    return y.detach(), {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in net.named_parameters()}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("space", SPACES, ids=str)
+def test_skipping_zeros_changes_nothing(space, activation):
+    for seed, progress in enumerate((0.0, 0.2, 0.4, 0.6, 0.8, 0.95, 1.0)):
+        net = make(space, activation, seed, spread=(1e-3, 0.3, 1.0)[seed % 3])
+        (y, grads), (full, full_grads) = outcome(net, progress, False), outcome(net, progress, True)
+        torch.testing.assert_close(y, full, rtol=1e-12, atol=1e-12)
+        for name in full_grads:
+            # Near ties the map's own slope is enormous and magnifies rounding: compare relative to the whole gradient.
+            size = 1 + full_grads[name].abs().sum().item()
+            torch.testing.assert_close(grads[name], full_grads[name], rtol=1e-9, atol=1e-11 * size, msg=f"{name} at {progress}")
+
+
+def test_zeros_are_skipped_indeed():
+    """Count what is computed: at progress 1 the supernet touches one path, one operation a position, one width."""
+    net = make(Space(4, 24, 3, 2), dtype=torch.float32)
+    architecture = net.derive(net.weights(1.0))
+    called = []
+    for name, module in net.body.named_children():
+        module.register_forward_hook(lambda *_, name=name: called.append(name))
+    net(torch.rand(1, 3, 4, 4), net.weights(1.0))
+    assert called == [architecture.path[:i + 1] for i in range(len(architecture.path))]
+    weights = net.weights(1.0)
+    net(torch.rand(1, 3, 4, 4), weights).sum().backward()
+    touched = {name for name, p in net.named_parameters() if p.grad is not None and p.grad.any()} - {"gamma", "alpha", "beta"}
+    assert {name.split(".ops.")[1].split(".")[1] for name in touched if ".ops." in name} == set(sum(architecture.operations, ()))
+
+
+def test_gumbel_zeros_carry_gradient():
+    net = make(Space(2, 16, 2, 2), "gumbel")
+    weights = net.weights(0.5)
+    net(torch.rand(1, 3, 5, 5, dtype=torch.float64), weights).square().sum().backward()
+    dead = weights.gamma.detach() == 0
+    assert dead.any() and (net.gamma.grad[dead] != 0).all()
+
+
+def test_recomputing_changes_nothing():
+    space = Space(4, 16, 2, 2)
+    (y, grads), (z, regrads) = (outcome(make(space, recompute=r), 0.3, False) for r in (False, True))
+    assert torch.equal(y, z) and all(torch.equal(grads[name], regrads[name]) for name in grads)
+
+
+def test_mixture_by_hand():
+    """One position, written out: sum_k alpha_k op_k(x), each op a plain module of search_space with the sliced weights."""
+    torch.manual_seed(0)
+    space = Space(2, 24, 1, 1)
+    net = make(space)
+    weights = net.weights(0.0)
+    x = torch.rand(1, 24, 5, 5, dtype=torch.float64)
+    y = 0
+    for k, (name, (operation, *_)) in enumerate(OPERATIONS.items()):
+        op = operation(24, 24).double()
+        mine = net.body["c"].ops[0][name].state_dict()
+        op.load_state_dict({key: mine[key] for key in op.state_dict()})
+        y = y + weights.alpha[0, 0, k] * op(x)
+    from supernet import Side
+    full = Side(torch.ones(24).double(), weights.beta.new_tensor([0, 0, 1]).numpy(), 24)
+    mixed = net.body["c"](x, weights.alpha[0], weights.alpha[0].detach().numpy(), [full, full], torch.ones(1).double())
+    torch.testing.assert_close(mixed, x + 0.2 * y)
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_derived_network_is_the_supernet_at_progress_1(scale):
+    """50 random architectures, so every operation, width and path takes part."""
+    rng, space = random.Random(scale), Space(scale, 24, 3, 3)
+    for seed in range(50):
+        net = make(space, seed=seed, dtype=torch.float32, spread=0.1)
+        wanted = space.random(rng)
+        choose(net, wanted)
+        with torch.no_grad():
+            weights = net.weights(1.0)
+            found = net.derive(weights)
+            network = net.inherit(found)
+            x = torch.rand(1, 3, 9, 8)
+            assert found == wanted
+            assert (network(x) - net(x, weights)).abs().max() <= 1e-5
+            assert net.multiply_adds(weights).item() == found.multiply_adds()       # the third count: to the unit
+    assert type(network) is Network
+
+
+def test_expected_cost_is_the_expectation():
+    """Against the mean over every network of a small space, weighted by the product of its choices' weights."""
+    space = Space(4, 24, 1, 2)                                 # exits c, cu, cuu
+    net = make(space, spread=0.1)
+    weights = net.weights(0.0)
+    mean = 0.0
+    for (g, path), k1, k2, w in itertools.product(enumerate(space.nodes), range(4), range(4), range(3)):
+        names = tuple(OPERATIONS)
+        chance = weights.gamma[g] * weights.alpha[0, 0, k1] * weights.alpha[0, 1, k2] * weights.beta[0, 0, w]
+        mean += chance.item() * space.architecture(path, [[names[k1], names[k2]]], [[space.widths[w]]]).multiply_adds()
+    assert net.multiply_adds(weights).item() == pytest.approx(mean, rel=1e-12)
+    grads = torch.autograd.grad(net.multiply_adds(weights), net.logits())
+    assert all(g.isfinite().all() and g.any() for g in grads)
+
+
+def test_order_losses_by_hand():
+    net = make(Space(2, 16, 2, 1))                             # nodes c, cc, ccu, cu, cuc; leaves ccu, cuc
+    gamma = torch.tensor([0.1, 0.4, 0.1, 0.0, 0.4])
+    hinge = 0.3 + 0 + 0 + 0.4                                  # cc over c, ccu under cc, cu under c, cuc over cu
+    assert net.order_loss(Weights(gamma, None, None)).item() == pytest.approx(hinge)
+    c, cc, ccu, cu, cuc = net.gamma.tolist()
+    assert net.order_loss_released().item() == pytest.approx(ccu + cuc - 2 * c)
+
+
+@pytest.mark.parametrize("space", [Space(2, 24, 2, 2), Space(4, 16, 2, 2), Space(3, 32, 3, 3)], ids=str)
+def test_every_derivation_keeps_the_budget(space):
+    for seed in range(6):
+        net = make(space, seed=seed)
+        low, high = net.cost_range()
+        budget = low.min() * (high.max() / low.min()) ** random.Random(seed).uniform(0.1, 0.95)
+        net.restrict(0.8 * budget, budget)
+        for progress in (0.0, 1.0):
+            found = net.derive(net.weights(progress), (0.8 * budget, budget), net.weights(0.0))
+            assert 0.8 * budget <= found.multiply_adds() <= budget
+            assert net.allowed[space.nodes.index(found.path)]
+
+
+def test_knapsack_finds_the_best_within_the_budget():
+    """Against trying every network of a small space."""
+    space = Space(2, 24, 1, 2)
+    for seed in range(20):
+        net = make(space, seed=seed)
+        scores = [logits.detach().numpy() for logits in net.logits()]
+        budget = random.Random(seed).uniform(3e9, 12e9)
+        best = {}
+        for (g, path), k1, k2, w in itertools.product(enumerate(space.nodes), range(4), range(4), range(3)):
+            a = net._spell(g, [[k1, k2]], [[w]])
+            if 0.8 * budget * 1.01 <= a.multiply_adds() <= budget * 0.99:           # away from the bounds, where buckets round
+                best[a] = scores[0][g] + scores[1][0, 0, k1] + scores[1][0, 1, k2] + scores[2][0, 0, w]
+        if best:
+            found = net._spell(*net._knapsack(*scores, 0.8 * budget, budget))
+            assert best.get(found, -1e9) >= max(best.values()) - 1e-9 or not 0.808 * budget <= found.multiply_adds() <= 0.99 * budget
+
+
+def test_cost_range_is_tight():
+    space = Space(4, 24, 1, 2)
+    net = make(space)
+    for i, path in enumerate(space.nodes):
+        costs = [net._spell(i, [[k1, k2]], [[w]]).multiply_adds() for k1, k2, w in itertools.product(range(4), range(4), range(3))]
+        assert [bound[i] for bound in net.cost_range()] == [min(costs), max(costs)]
+
+
+def test_impossible_budgets_name_what_is_possible():
+    net = make(Space(2, 24, 2, 2))
+    low, high = net.cost_range()
+    with pytest.raises(ValueError, match=f"smallest.*{low.min() / 1e9:.4g}G"):
+        net.restrict(0.8e8, 1e8)
+    with pytest.raises(ValueError, match=f"largest.*{high.max() / 1e9:.4g}G"):
+        net.restrict(0.8e12, 1e12)
+
+
+def test_forbidden_exits_get_no_weight():
+    net = make(Space(2, 24, 3, 2))
+    net.restrict(2.4e9, 3e9)
+    assert 0 < net.allowed.sum() < len(net.allowed)
+    for progress in (0.0, 0.5, 1.0):
+        assert not net.weights(progress).gamma[~net.allowed].any()
+
+
+def test_logits_are_saved_and_moved():
+    net = make(Space(2, 16, 2, 2))
+    assert {"gamma", "alpha", "beta"} <= dict(net.named_parameters()).keys()
+    assert sum(isinstance(m, MixedCell) for m in net.modules()) == len(net.cell_of) == 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_cuda_agrees_with_cpu():
+    net = make(Space(4, 24, 2, 2))
+    x, weights = torch.rand(2, 3, 6, 6).double(), net.weights(0.5)
+    on_cpu = net(x, weights)
+    on_gpu = net.cuda()(x.cuda(), net.weights(0.5))
+    torch.testing.assert_close(on_gpu.cpu(), on_cpu)
