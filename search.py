@@ -48,14 +48,14 @@ from search_space import OPERATIONS, Architecture, Network, Space, draw_architec
 from sparsestmax import ACTIVATIONS
 from supernet import Supernet, Weights, leading
 
-PRESETS = {                                                    # batch and patch: LR patches of patch x patch pixels
-    "lesson": dict(channels=24, cells=3, positions=3, batch=16, patch=24, steps=5000, bfloat16=False,
+# batch patches of patch x patch LR pixels; the first `search` of all `steps` go through the dense, costly part of the supernet.
+PRESETS = {
+    "lesson": dict(channels=24, cells=3, positions=3, batch=16, patch=24, steps=5000, search=600, bfloat16=False,
                    budget={2: 6e9, 3: 3e9, 4: 2e9}),
-    "full": dict(channels=64, cells=5, positions=5, batch=16, patch=48, steps=300_000, bfloat16=True,
-                 budget={2: 68e9, 3: 31e9, 4: 18e9}),          # the budgets are DLSR's multiply-adds at each scale
+    "full": dict(channels=64, cells=5, positions=5, batch=16, patch=48, steps=300_000, search=4000, bfloat16=True,
+                 budget={2: 68e9, 3: 31e9, 4: 18e9}),          # the multiply-adds of DLSR at each scale
 }
-SEARCH = 0.12                  # progress reaches 1 after this part of all steps: the dense supernet is the costly part
-WARM = 0.01                    # ... and leaves 0 after this part, when the weights have begun to mean something
+WARM = 0.1                     # progress leaves 0 after this part of the search, when the weights have begun to mean something
 LEAST = 0.8                    # a found network uses at least this part of its budget
 LEARNING_RATE = 1e-3           # of the weights: Adam, linear warm-up, then cosine to 1 %
 LOGITS_RATE = 3e-3             # of the logits: Adam with betas (.5, .999), constant
@@ -147,9 +147,9 @@ def halves(pairs, generator: torch.Generator):
 
 # --- 2. Schedules --------------------------------------------------------------------------------------------------
 
-def progress_at(step: int, steps: int) -> float:
-    """0 up to WARM, then linear, and 1 from SEARCH on."""
-    return min(1.0, max(0.0, (step / steps - WARM) / (SEARCH - WARM)))
+def progress_at(step: int, search: int) -> float:
+    """0 during the warm-up, then linear to 1 at the end of the search."""
+    return min(1.0, max(0.0, (step / search - WARM) / (1 - WARM)))
 
 
 def learning_rate_at(step: int, steps: int) -> float:
@@ -216,7 +216,8 @@ class Run:
         #    In the end not this mean over networks counts, but the one that would be found if the search stopped now. Its cost
         #    has no slope, so it only shifts the value, the more the nearer the end is; the slope is still that of the mean.
         with torch.no_grad():
-            off_target = off_target + progress * torch.log(net.multiply_adds(net.weights(1.0)) / cost).float()
+            shift = progress * torch.log(net.multiply_adds(net.weights(1.0)) / cost).float()
+        off_target = off_target + shift
         total = self.loss(net, self.half_b, weights) + COST * off_target ** 2 + ORDER * net.order_loss(weights)
         self.logits_optimiser.zero_grad()
         total.backward(inputs=net.logits())                            # convolution kernels get no gradient here
@@ -253,19 +254,18 @@ class Run:
     def run(self):
         """All steps that are left. SIGINT and SIGTERM end it after the step in progress, with a checkpoint."""
         s = self.settings
-        searching = max(1, round(SEARCH * s.steps))                    # the hand-over comes before step number `searching`
-        every_snapshot, every_row = max(1, searching // 200), max(1, s.steps // 400)
+        every_snapshot, every_row = max(1, s.search // 200), max(1, s.steps // 400)
         stop = []                                                      # the signals that came
         handlers = {number: signal.signal(number, lambda n, _: stop.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
         bar = tqdm(total=s.steps, initial=self.step, desc=f"x{s.scale}", unit="step", disable=None, dynamic_ncols=True)
         last = saved = time.perf_counter()
         while self.step < s.steps and not stop:
             # 1. Where are we in the schedules?
-            progress = progress_at(self.step, s.steps)
+            progress = progress_at(self.step, s.search)
             for group in self.optimiser.param_groups:
                 group["lr"] = learning_rate_at(self.step, s.steps)
             # 2. One step, of the supernet or, from the hand-over on, of the network it has become.
-            if self.step < searching:
+            if self.step < s.search:
                 loss, weights, cost = self.search_step(progress)
                 self.sum = weights if self.sum is None else Weights(*map(torch.add, self.sum, weights))
                 if self.step % every_snapshot == 0:
@@ -276,7 +276,7 @@ class Run:
                 loss = self.training_step()
             # 3. Keep books. The loss leaves the device only when it is shown.
             self.recent = self.recent + loss
-            phase, now = "search" if self.step < searching else "training", time.perf_counter()
+            phase, now = "search" if self.step < s.search else "training", time.perf_counter()
             self.seconds[phase] += now - last
             last = now
             self.step += 1
@@ -432,7 +432,8 @@ def arguments() -> argparse.ArgumentParser:
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add("--preset", choices=PRESETS, help="sizes and steps (default: full on cuda, else lesson)")
     add = parser.add_argument_group("sizes (default: the preset's)").add_argument
-    add("--steps", type=positive, help=f"training steps, the first {SEARCH:.0%} of which search")
+    add("--steps", type=positive, help="training steps, those of the search among them")
+    add("--search", type=positive, help="how many of them, from the first on, search")
     add("--channels", type=positive, help="width of a cell's ends, a multiple of 8")
     add("--cells", type=positive, help="most cells on a path")
     add("--positions", type=positive, help="operations in a cell")
@@ -461,6 +462,8 @@ def settings_of(args: argparse.Namespace) -> tuple[argparse.Namespace, Path]:
     settings = dict(scale=2, data=None, activation="sparsestmax", seed=0, device=device, preset=preset) | PRESETS[preset] | given
     if isinstance(settings["budget"], dict):
         settings["budget"] = settings["budget"][settings["scale"]]
+    if settings["search"] >= settings["steps"]:
+        raise ValueError(f"--steps {settings['steps']} must be more than --search {settings['search']}, which they include")
     return argparse.Namespace(**settings), out
 
 
