@@ -11,12 +11,12 @@ batch from one half of the photographs moves the weights, a batch from the other
 branches are no longer computed. At progress 1 what is left *is* one network: it leaves the supernet with its
 weights and with Adam's memory of them, computes the same function, and the same loop goes on with all photographs.
 
-    loss = L1(SR, HR)  +  cost * (log(multiply-adds / target))^2  +  order * sum over edges of max(0, child - parent)
+    loss = L1(SR, HR)  +  COST * log(multiply-adds / target)^2  +  ORDER * sum over edges of max(0, child - parent)
 
 The second term holds the expected multiply-adds near a target just under the budget; exits that no network within the
-budget can have are forbidden from the start. The third is the "sorting" of the paper: it asks a deeper exit to earn its depth.
-Should the last choices to close have overshot, `Supernet.derive` changes those that the search was least sure of, so
-every run ends within its budget and uses at least 80 % of it.
+budget can have are forbidden from the start. The third is the paper's "sorting": a deeper exit must earn its depth.
+Should the last choices to close have missed the budget, `Supernet.derive` changes those that the search was least sure
+of, so every run ends within its budget and uses at least 80 % of it.
 
 A run's folder holds settings.json (command line, versions, hardware), history.csv, distributions.npz (all weights over
 time), levels.png, architecture.png, architecture.json, network.pt, results.md, and checkpoint.pt for --resume.
@@ -25,6 +25,7 @@ import argparse
 import csv
 import io
 import json
+import math
 import os
 import platform
 import shlex
@@ -48,19 +49,21 @@ from search_space import OPERATIONS, Architecture, Network, Space, draw_architec
 from sparsestmax import ACTIVATIONS
 from supernet import Supernet, Weights, leading
 
-# batch patches of patch x patch LR pixels; the first `search` of all `steps` go through the dense, costly part of the supernet.
+# A batch is `batch` patches of patch x patch LR pixels. The first `search` of all `steps` are the supernet's, and far
+# dearer than the others. Budgets by scale.
 PRESETS = {
     "lesson": dict(channels=24, cells=3, positions=3, batch=16, patch=24, steps=5000, search=600, bfloat16=False,
                    budget={2: 6e9, 3: 3e9, 4: 2e9}),
     "full": dict(channels=64, cells=5, positions=5, batch=16, patch=48, steps=300_000, search=4000, bfloat16=True,
                  budget={2: 68e9, 3: 31e9, 4: 18e9}),          # the multiply-adds of DLSR at each scale
 }
-WARM = 0.1                     # progress leaves 0 after this part of the search, when the weights have begun to mean something
+WARM = 0.1                     # progress stays 0 for this part of the search, until the weights mean something
 LEAST = 0.8                    # a found network uses at least this part of its budget
 LEARNING_RATE = 1e-3           # of the weights: Adam, linear warm-up, then cosine to 1 %
 LOGITS_RATE = 3e-3             # of the logits: Adam with betas (.5, .999), constant
 COST = 0.1                     # weight of the budget term
 ORDER = 1e-3                   # weight of the order term
+SAVE_SECONDS = 60              # a killed run loses at most this much
 
 
 # --- 1. Photographs ------------------------------------------------------------------------------------------------
@@ -68,8 +71,8 @@ ORDER = 1e-3                   # weight of the order term
 def dead_leaves(size: int, rng: np.random.Generator) -> np.ndarray:
     """A picture of random occluding discs, uint8 (size, size, 3): no photograph, yet with the edges and scales of one.
 
-    Disc radii follow a power law, which makes the picture look alike at every scale, as photographs do (Lee, Mumford & Huang,
-    Occlusion models for natural images, 2001). Drawn twice as large and averaged, so that edges are antialiased.
+    Disc radii follow a power law, which makes the picture look alike at every scale, as photographs do (Lee, Mumford &
+    Huang, Occlusion models for natural images, 2001). Drawn twice as large and averaged, so that edges are antialiased.
     """
     canvas = Image.new("RGB", (2 * size, 2 * size))
     draw = ImageDraw.Draw(canvas)
@@ -106,7 +109,7 @@ def load_photos(folder: str | None, scale: int, patch: int, seed: int) -> list[t
         pairs = list(tqdm(pool.map(pair, sources), "photographs", len(sources), leave=False, disable=None))
     pairs = [p for p in pairs if p is not None]
     if not pairs:
-        raise ValueError(f"{folder} holds no usable photograph (PNG, JPEG or WebP of at least {scale * patch} pixels each way)")
+        raise ValueError(f"{folder} holds no usable photograph: PNG, JPEG or WebP, at least {scale * patch} pixels each way")
     return pairs
 
 
@@ -131,7 +134,7 @@ class Patches:
                 cut = image[:, s * top:s * (top + self.patch), s * left:s * (left + self.patch)]   # (3, p, p) uint8
                 cut = torch.rot90(cut, turn % 4, (1, 2))
                 images.append(cut.flip(2) if turn >= 4 else cut)
-        return tuple(torch.stack(images).float().div(255).contiguous(memory_format=torch.channels_last) for images in batch)
+        return tuple(torch.stack(images).div(255).contiguous(memory_format=torch.channels_last) for images in batch)
 
 
 def halves(pairs, generator: torch.Generator):
@@ -153,8 +156,9 @@ def progress_at(step: int, search: int) -> float:
 
 
 def learning_rate_at(step: int, steps: int) -> float:
-    done = step / steps
-    return LEARNING_RATE * min(1.0, (step + 1) / (0.01 * steps + 1)) * (0.01 + 0.99 * (1 + np.cos(np.pi * done)) / 2)
+    """Of the weights: linear warm-up over 1 % of the steps, then half a cosine down to 1 %."""
+    warm_up = min(1.0, (step + 1) / (0.01 * steps + 1))
+    return LEARNING_RATE * warm_up * (0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2)
 
 
 # --- 3. The loop ---------------------------------------------------------------------------------------------------
@@ -168,8 +172,9 @@ class Run:
         torch.manual_seed(s.seed)
         self.generator = torch.Generator().manual_seed(s.seed)         # draws the patches
         self.step, self.seconds = 0, {"search": 0.0, "training": 0.0}
-        self.recent, self.history = torch.zeros((), device=self.device), []   # sum of losses not yet noted; rows of history.csv
-        self.snapshots, self.sum = [], None                            # (step, Weights) now and then; sum of Weights over all steps
+        self.recent = torch.zeros((), device=self.device)              # sum of the losses since the last row of ...
+        self.history = []                                              # ... history.csv
+        self.snapshots, self.sum = [], None                            # (step, Weights) now and then; sum of all Weights
         self.hand_over_report = None
         self.space = Space(s.scale, s.channels, s.cells, s.positions)
         self.supernet = Supernet(self.space, ACTIVATIONS[s.activation], recompute=s.preset == "full")
@@ -188,7 +193,7 @@ class Run:
         pairs = load_photos(s.data, s.scale, s.patch, s.seed)
         a, b = halves(pairs, torch.Generator().manual_seed(s.seed))
         if min(side for lr, _ in a + b for side in lr.shape[:2]) < s.patch:
-            raise ValueError(f"{s.data}: the only photograph is too small to be cut in two; add one, or use a smaller --patch")
+            raise ValueError(f"{s.data}: the only photograph is too small to be cut in two; add one or lower --patch")
         self.half_a, self.half_b, self.whole = (Patches(part, s.patch, self.device) for part in (a, b, pairs))
 
     def loss(self, model, patches: Patches, *weights) -> torch.Tensor:
@@ -208,13 +213,13 @@ class Run:
         loss = self.loss(net, self.half_a, weights)
         loss.backward()
         self.optimiser.step()
-        # b. The architecture, under the weights as they stand. The target lies midway between the least and the most that
-        #    the budget allows; the log makes twice too much and half too little equally bad, at any budget.
+        # b. The architecture, under the weights as they stand. The target lies midway between the least and the most
+        #    that the budget allows; the log makes twice too much and half too little equally bad, at any budget.
         weights = net.weights(progress)
         cost = net.multiply_adds(weights)
         off_target = torch.log(cost / ((1 + LEAST) / 2 * s.budget)).float()
-        #    In the end not this mean over networks counts, but the one that would be found if the search stopped now. Its cost
-        #    has no slope, so it only shifts the value, the more the nearer the end is; the slope is still that of the mean.
+        #    In the end not this mean over networks counts but the network that would be found if the search stopped now.
+        #    Its cost has no slope, so it shifts the value, the more the nearer the end; the slope remains the mean's.
         with torch.no_grad():
             shift = progress * torch.log(net.multiply_adds(net.weights(1.0)) / cost).float()
         off_target = off_target + shift
@@ -237,7 +242,8 @@ class Run:
         s, net = self.settings, self.supernet
         with torch.no_grad():
             weights = net.weights(1.0)
-        self.network = net.inherit(net.derive(weights, (LEAST * s.budget, s.budget), self.sum)).to(memory_format=torch.channels_last)
+        architecture = net.derive(weights, (LEAST * s.budget, s.budget), self.sum)
+        self.network = net.inherit(architecture).to(memory_format=torch.channels_last)
         optimiser = self.adam(self.network.parameters())
         for parameter, source in net.origins(self.network):
             optimiser.state[parameter] = {name: value.clone() if value.dim() == 0 else leading(value, parameter).clone()
@@ -256,7 +262,7 @@ class Run:
         s = self.settings
         every_snapshot, every_row = max(1, s.search // 200), max(1, s.steps // 400)
         stop = []                                                      # the signals that came
-        handlers = {number: signal.signal(number, lambda n, _: stop.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {n: signal.signal(n, lambda n, _: stop.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
         bar = tqdm(total=s.steps, initial=self.step, desc=f"x{s.scale}", unit="step", disable=None, dynamic_ncols=True)
         last = saved = time.perf_counter()
         while self.step < s.steps and not stop:
@@ -284,15 +290,16 @@ class Run:
                 steps = self.step % every_row or every_row
                 live = (1, 1, 1) if self.network else live_choices(weights)
                 cost = self.network.architecture.multiply_adds() if self.network else cost.item()
-                self.history.append(dict(step=self.step, seconds=round(sum(self.seconds.values()), 2), progress=progress,
-                                         loss=self.recent.item() / steps, live_exits=live[0], live_operations=live[1],
-                                         live_widths=live[2], multiply_adds=cost))
+                row = dict(step=self.step, seconds=round(sum(self.seconds.values()), 2), progress=progress,
+                           loss=self.recent.item() / steps, live_exits=live[0], live_operations=live[1],
+                           live_widths=live[2], multiply_adds=cost)
+                self.history.append(row)
                 self.recent = torch.zeros_like(self.recent)
-                bar.set_postfix_str(f"loss {self.history[-1]['loss']:.4f}, live {live[0]} exits {live[1]:.1f} operations "
+                bar.set_postfix_str(f"loss {row['loss']:.4f}, live {live[0]} exits {live[1]:.1f} operations "
                                     f"{live[2]:.1f} widths, {cost / 1e9:.1f}G", refresh=False)
             bar.update()
-            # 4. Lose at most a minute.
-            if now - saved > 60:
+            # 4. Keep what would be lost by a crash.
+            if now - saved > SAVE_SECONDS:
                 self.save()
                 saved = time.perf_counter()
         bar.close()
@@ -300,15 +307,17 @@ class Run:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         if stop:
-            print(f"interrupted at step {self.step}; go on with: python search.py --resume --out {shlex.quote(str(self.out))}",
-                  file=sys.stderr)
+            print(f"interrupted at step {self.step}; go on with: python search.py --resume --out "
+                  f"{shlex.quote(str(self.out))}", file=sys.stderr)
             sys.exit(128 + stop[0])
 
     # --- Checkpoints: tensors, numbers and strings only, so that they load with weights_only=True ---
+    PLAIN = "step", "seconds", "recent", "history", "hand_over_report"
+
     def save(self):
-        state = dict(step=self.step, seconds=self.seconds, recent=self.recent, history=self.history, sum=self.sum and tuple(self.sum),
-                     snapshots=[(step, tuple(weights)) for step, weights in self.snapshots], report=self.hand_over_report,
-                     random=[self.generator.get_state(), torch.get_rng_state()], optimiser=self.optimiser.state_dict())
+        state = {name: getattr(self, name) for name in self.PLAIN} | dict(
+            sum=self.sum and tuple(self.sum), snapshots=[(step, tuple(weights)) for step, weights in self.snapshots],
+            random=[self.generator.get_state(), torch.get_rng_state()], optimiser=self.optimiser.state_dict())
         if self.device.type == "cuda":
             state["random"].append(torch.cuda.get_rng_state())
         if self.network:
@@ -319,13 +328,14 @@ class Run:
 
     def load(self):
         state = torch.load(self.out / "checkpoint.pt", map_location=self.device, weights_only=True)
-        self.step, self.seconds, self.recent, self.history = (state[key] for key in ("step", "seconds", "recent", "history"))
+        for name in self.PLAIN:
+            setattr(self, name, state[name])
         self.sum = state["sum"] and Weights(*state["sum"])
         self.snapshots = [(step, Weights(*(w.cpu() for w in weights))) for step, weights in state["snapshots"]]
-        self.hand_over_report = state["report"]
         if "network" in state:
-            self.network = Network(Architecture.from_json(state["architecture"])).to(self.device, memory_format=torch.channels_last)
+            self.network = Network(Architecture.from_json(state["architecture"]))
             self.network.load_state_dict(state["network"])
+            self.network.to(self.device, memory_format=torch.channels_last)
             self.optimiser, self.supernet, self.logits_optimiser = self.adam(self.network.parameters()), None, None
         else:
             self.supernet.load_state_dict(state["supernet"])
@@ -346,24 +356,24 @@ class Run:
         write_whole(out / "levels.png", draw_levels(self.space, architecture.path, steps, Weights(**over_time)).savefig)
         write_whole(out / "architecture.png", draw_architecture(architecture).savefig)
         write_whole(out / "architecture.json", lambda path: path.write_text(architecture.to_json() + "\n"))
-        write_whole(out / "network.pt", partial(torch.save, {k: v.cpu().contiguous() for k, v in self.network.state_dict().items()}))
+        network = self.network.cpu().to(memory_format=torch.contiguous_format).eval()
+        write_whole(out / "network.pt", partial(torch.save, network.state_dict()))
         text = io.StringIO(newline="")
         rows = csv.DictWriter(text, self.history[0])
         rows.writeheader()
         rows.writerows(self.history)
         write_whole(out / "history.csv", lambda path: path.write_text(text.getvalue(), newline=""))
         # Measured on the CPU, where figures repeat, on a photograph that no training folder of ours holds.
-        hr = crop_to(sample_photo(), architecture.scale)
-        lr, network = degrade(hr, architecture.scale), self.network.cpu().eval()
-        methods = [("bicubic", None, resize(lr, architecture.scale)), (out.name, architecture, super_resolve(network, lr))]
-        table = format_table(f"matplotlib's sample photograph, x{architecture.scale}", [
-            (name, a, [("sample", psnr(hr, sr, architecture.scale), ssim(hr, sr, architecture.scale))]) for name, a, sr in methods])
-        report = self.hand_over_report
-        text = (f"{table}\nSearch {self.seconds['search']:.0f} s, training {self.seconds['training']:.0f} s, {self.step} steps. Path "
-                f"{architecture.path}, {architecture.multiply_adds() / self.settings.budget:.0%} of the budget of "
-                f"{self.settings.budget / 1e9:.4g}G.\nAt the hand-over (step {report['step']}): PSNR of the supernet "
-                f"{report['psnr_supernet']:.2f} dB, of the derived network {report['psnr_network']:.2f} dB, largest difference "
-                f"{report['largest_difference']:.1e}.\n")
+        scale, hr = architecture.scale, crop_to(sample_photo(), architecture.scale)
+        lr = degrade(hr, scale)
+        methods = [("bicubic", None, resize(lr, scale)), (out.name, architecture, super_resolve(network, lr))]
+        methods = [(name, a, [("sample", psnr(hr, sr, scale), ssim(hr, sr, scale))]) for name, a, sr in methods]
+        report, used = self.hand_over_report, architecture.multiply_adds() / self.settings.budget
+        text = (f"{format_table(f'The photograph that matplotlib ships, x{scale}', methods)}\n"
+                f"{self.step} steps: search {self.seconds['search']:.0f} s, training {self.seconds['training']:.0f} s.\n"
+                f"Path {architecture.path}, {used:.0%} of the budget of {self.settings.budget / 1e9:.4g}G.\n"
+                f"Hand-over at step {report['step']}: the supernet had {report['psnr_supernet']:.2f} dB on a batch, the derived "
+                f"network {report['psnr_network']:.2f} dB; largest difference {report['largest_difference']:.1e}.\n")
         write_whole(out / "results.md", lambda path: path.write_text(text))
         print(text)
 
@@ -377,20 +387,22 @@ def live_choices(weights: Weights) -> tuple[int, float, float]:
 def draw_levels(space: Space, path: str, steps, weights: Weights) -> Figure:
     """The three levels over training, as heat maps: all exits, and the operations and widths of the cells on `path`.
 
-    steps: (T,). weights: numpy arrays over time, (T, nodes), (T, cells, positions, operations), (T, cells, positions - 1, widths).
+    steps: (T,). weights: numpy arrays, those of Weights with a leading dimension T.
     """
     nodes = [node for node in space.nodes if node[-1] == "c"]
     cells = [nodes.index(path[:i + 1]) for i, letter in enumerate(path) if letter == "c"]
-    panels = [("network: exits", weights.gamma, space.nodes)]
-    for title, level, names in ("cell: operations", weights.alpha, OPERATIONS), ("kernel: widths", weights.beta, space.widths):
+    panels = [("network: all exits", weights.gamma, space.nodes)]
+    levels = ("cell: operations", weights.alpha, OPERATIONS), ("kernel: widths", weights.beta, space.widths)
+    for title, level, names in levels:
         rows = level[:, cells]                                         # (T, cells on the path, places, candidates)
-        labels = [f"{c + 1}.{p + 1} {name}" for c in range(rows.shape[1]) for p in range(rows.shape[2]) for name in names]
-        panels.append((title, rows.reshape(len(rows), -1), labels))
+        places = [f"{c + 1}.{p + 1}" for c in range(rows.shape[1]) for p in range(rows.shape[2])]
+        panels.append((f"{title} on the path {path}", rows.reshape(len(rows), -1),
+                       [f"{place} {name}" for place in places for name in names]))
     figure = Figure(figsize=(15, 2 + 0.16 * max(len(labels) for *_, labels in panels)), layout="constrained")
     for axis, (title, level, labels) in zip(figure.subplots(1, 3), panels):
-        mesh = axis.pcolormesh(np.append(steps, 2 * steps[-1] - steps[-2] if len(steps) > 1 else steps[-1] + 1),
-                               np.arange(len(labels) + 1), level.T, vmin=0, vmax=1, cmap="viridis", rasterized=True)
-        axis.set_title(f"{title}" if axis is not None and title.startswith("network") else f"{title} on the path {path}")
+        edges = np.append(steps, steps[-1] + max(1, steps[-1] - steps[-2] if len(steps) > 1 else 1))
+        mesh = axis.pcolormesh(edges, np.arange(len(labels) + 1), level.T, vmin=0, vmax=1, cmap="viridis")
+        axis.set_title(title)
         axis.set_yticks(np.arange(len(labels)) + 0.5, labels, fontsize=7)
         axis.invert_yaxis()
         axis.set_xlabel("training step")
@@ -423,7 +435,7 @@ def arguments() -> argparse.ArgumentParser:
     add = parser.add_argument_group("the task").add_argument
     add("--scale", type=int, choices=(2, 3, 4), help="enlargement (default: 2)")
     add("--data", metavar="DIR", help="photographs, searched recursively (default: generated pictures)")
-    add("--budget", type=multiply_adds, metavar="G", help="most multiply-adds for a 1280x720 output, such as 18G (default: the preset's)")
+    add("--budget", type=multiply_adds, help="most multiply-adds for a 1280x720 output, as 18G (default: the preset's)")
     add("--activation", choices=ACTIVATIONS, help="logits to weights, see sparsestmax.py (default: sparsestmax)")
     add = parser.add_argument_group("the run").add_argument
     add("--out", type=Path, metavar="DIR", help="folder of the run (default: runs/x2, x3 or x4)")
@@ -444,14 +456,14 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def settings_of(args: argparse.Namespace) -> tuple[argparse.Namespace, Path]:
-    """Command line -> complete settings and the run's folder; ValueError where they contradict each other or the folder."""
+    """Command line -> complete settings and the run's folder; ValueError where they contradict each other or it."""
     given = {name: value for name, value in vars(args).items() if value is not None and name not in ("out", "resume")}
     out = args.out or Path("runs") / f"x{args.scale or 2}"
     if args.resume:
         if not (out / "checkpoint.pt").is_file():
             raise ValueError(f"{out} holds no run to resume (no checkpoint.pt); start one without --resume")
         saved = json.loads((out / "settings.json").read_text())["settings"]
-        different = [f"--{name} {value} (the run has {saved[name]})" for name, value in given.items() if saved[name] != value]
+        different = [f"--{name} {new} (the run has {saved[name]})" for name, new in given.items() if saved[name] != new]
         if different:
             raise ValueError(f"a run goes on with its own settings; leave out {', '.join(different)}")
         return argparse.Namespace(**saved), out
@@ -459,11 +471,12 @@ def settings_of(args: argparse.Namespace) -> tuple[argparse.Namespace, Path]:
         raise ValueError(f"{out} is not empty: go on with --resume, choose another --out, or delete it")
     device = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     preset = given.get("preset") or ("full" if device.startswith("cuda") else "lesson")
-    settings = dict(scale=2, data=None, activation="sparsestmax", seed=0, device=device, preset=preset) | PRESETS[preset] | given
+    settings = dict(scale=2, data=None, activation="sparsestmax", seed=0, device=device, preset=preset)
+    settings |= PRESETS[preset] | given
     if isinstance(settings["budget"], dict):
         settings["budget"] = settings["budget"][settings["scale"]]
     if settings["search"] >= settings["steps"]:
-        raise ValueError(f"--steps {settings['steps']} must be more than --search {settings['search']}, which they include")
+        raise ValueError(f"--steps {settings['steps']} must be more than --search {settings['search']}, its first part")
     return argparse.Namespace(**settings), out
 
 
@@ -489,7 +502,8 @@ def main(argv=None):
             run.load()
         else:
             out.mkdir(parents=True, exist_ok=True)
-            write_whole(out / "settings.json", lambda path: path.write_text(json.dumps(describe(settings), indent=1) + "\n"))
+            text = json.dumps(describe(settings), indent=1) + "\n"
+            write_whole(out / "settings.json", lambda path: path.write_text(text))
         run.run()
         run.finish()
     except (ValueError, OSError) as error:

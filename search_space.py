@@ -101,7 +101,7 @@ class Residual(nn.Module):
 
 
 class DepthwiseSeparable(nn.Module):
-    """Inverted bottleneck: 1x1 to 4c channels, 3x3 depthwise, 1x1 to d, with a shortcut (MobileNetV2, arXiv 1801.04381)."""
+    """1x1 to 4c channels, 3x3 depthwise, 1x1 to d, with a shortcut (the bottleneck of MobileNetV2, arXiv 1801.04381)."""
     def __init__(self, c: int, d: int):
         super().__init__()
         self.expand, self.depthwise = conv(c, 4 * c, 1), conv(4 * c, 4 * c, 3, groups=4 * c)
@@ -397,7 +397,8 @@ class Network(nn.Module):
 # --- A picture -----------------------------------------------------------------------------------------------------
 
 # Okabe and Ito's colours, told apart by the colour-blind too.
-COLOURS = {"skip1x1": "#999999", "conv3x3": "#56B4E9", "residual": "#0072B2", "dws": "#E69F00", "up": "#009E73", "ends": "#DDDDDD"}
+COLOURS = {"skip1x1": "#999999", "conv3x3": "#56B4E9", "residual": "#0072B2", "dws": "#E69F00", "up": "#009E73",
+           "ends": "#DDDDDD"}
 
 
 def draw_architecture(architecture: Architecture, axis=None):
@@ -409,8 +410,8 @@ def draw_architecture(architecture: Architecture, axis=None):
     bars, cells = [("head", "ends", a.channels)], iter(zip(a.operations, a.widths))
     for letter in a.path:
         bars.append(None)                                      # a gap
-        bars += [("up", "up", a.channels)] if letter == "u" else [
-            (name, name, width) for name, width in zip(*(lambda names, widths: (names, (*widths, a.channels)))(*next(cells)))]
+        names, widths = (("up",), ()) if letter == "u" else next(cells)
+        bars += zip(names, names, (*widths, a.channels))
     bars += [None, ("tail", "ends", a.tail_channels)]
     if axis is None:
         axis = Figure(figsize=(max(6, 0.45 * len(bars)), 3), layout="constrained").subplots()
@@ -419,8 +420,8 @@ def draw_architecture(architecture: Architecture, axis=None):
             text, colour, width = bar
             axis.bar(x, width, width=0.9, bottom=-width / 2, color=COLOURS[colour], edgecolor="black", linewidth=0.5)
             axis.text(x, 0, f"{text} {width}", rotation=90, ha="center", va="center", fontsize=8)
-    axis.set_title(f"x{a.scale}, path {a.path}: {a.parameters():,} parameters, {a.multiply_adds() / 1e9:.2f}G multiply-adds "
-                   f"for a 1280x720 output", fontsize=10)
+    axis.set_title(f"x{a.scale}, path {a.path}: {a.parameters():,} parameters, {a.multiply_adds() / 1e9:.2f}G "
+                   f"multiply-adds for a 1280x720 output", fontsize=10)
     axis.set_ylim(-0.55 * a.channels, 0.55 * a.channels)
     axis.set_axis_off()
     return axis.figure
@@ -461,8 +462,9 @@ def main():
         # The authors' tool counts one operation for each value a bias is added to. Adding just those gives the
         # published figure to its last digit, so nothing else is missing; the field's convention leaves them out.
         with_biases = a.multiply_adds(256 ** 2) + 256 ** 2 * sum(biases * pixels for _, biases, pixels in a.layers())
-        print(f"{name}  {a.path:9s} {a.parameters():9,d}   {_PUBLISHED[name][4]:.3f} M  {a.multiply_adds(256 ** 2) / 1e9:7.3f}"
-              f" {with_biases / 1e9:8.3f}  {_PUBLISHED[name][5]:8}")
+        *_, parameters, gmacs = _PUBLISHED[name]
+        print(f"{name}  {a.path:9s} {a.parameters():9,d}   {parameters:.3f} M  {a.multiply_adds(256 ** 2) / 1e9:7.3f} "
+              f"{with_biases / 1e9:8.3f}  {gmacs:8}")
     print("\nThe full space\n\nscale  exits  cells  ups  complete paths  networks")
     for scale in UPSAMPLINGS:
         space = Space(scale)

@@ -45,19 +45,24 @@ from search_space import (OPERATIONS, OUTPUT_PIXELS, Architecture, Network, Spac
 from sparsestmax import sparsestmax
 
 
-# The network level runs through its schedule this much faster than the others. Nearly all the work of a dense supernet is
-# in paths that will be dropped, and the operations of a cell are better chosen once it is known whose path it lies on.
+# The network level runs through its schedule this much faster than the others. Nearly all the work of a dense supernet
+# is in paths that will be dropped, and the operations of a cell are better chosen once it is known on whose path it lies.
 LEAD = 2.0
 
 
 class Weights(NamedTuple):
-    """A point on every simplex: gamma (nodes,), alpha (cells, positions, operations), beta (cells, positions - 1, widths)."""
-    gamma: torch.Tensor
-    alpha: torch.Tensor
-    beta: torch.Tensor
+    """A point on every simplex; the last dimension of each sums to 1."""
+    gamma: torch.Tensor                                        # (nodes,)
+    alpha: torch.Tensor                                        # (cells, positions, operations)
+    beta: torch.Tensor                                         # (cells, positions - 1, widths)
 
 
 # --- One cell of the supernet --------------------------------------------------------------------------------------
+
+def decided(values: np.ndarray) -> bool:
+    """Are all these weights 0 or 1? Then nothing needs weighing. (NaN, the mark of a dense evaluation: no.)"""
+    return bool(np.isin(values, (0.0, 1.0)).all())
+
 
 class Side(NamedTuple):
     """One interface between two positions: its staircase (nf,), and the weights of its widths as plain numbers."""
@@ -66,32 +71,32 @@ class Side(NamedTuple):
     live: int                                                  # channels up to the widest live width
 
     def masked(self, x: torch.Tensor, repeat: int = 1) -> torch.Tensor:
-        """x (B, repeat * live, H, W) times the staircase; nothing to do where one width has all the weight."""
-        if 1.0 in self.values:
-            return x
+        """x (B, repeat * live, H, W) times the staircase."""
+        if decided(self.values):
+            return x                                           # all that is left of the staircase are ones
         mask = self.mask[:self.live].repeat_interleave(repeat)                     # (repeat * live,)
         return x * mask.to(x.dtype).view(1, -1, 1, 1)
 
 
 def sliced(layer: nn.Conv2d, x: torch.Tensor, d: int) -> torch.Tensor:
     """`layer` as if it had only x's channels and `d` outputs: (B, c, H, W) -> (B, d, H, W)."""
-    groups = 1 if layer.groups == 1 else d                     # depthwise: one group for each channel that is left
-    return F.conv2d(x, layer.weight[:d, :x.shape[1]] if groups == 1 else layer.weight[:d], None, 1, layer.padding, 1, groups)
+    if layer.groups > 1:                                       # depthwise: a kernel and a group for each channel left
+        return F.conv2d(x, layer.weight[:d], padding=layer.padding, groups=d)
+    return F.conv2d(x, layer.weight[:d, :x.shape[1]], padding=layer.padding)
 
 
 def mixed_shortcut(layer: nn.Conv2d, x: torch.Tensor, inner: Side, outer: Side, p: torch.Tensor) -> torch.Tensor:
     """p x + (1 - p) conv(x), where p = sum_w beta_in(w) beta_out(w) is the chance that the widths agree."""
-    agree = (inner.values * outer.values).sum()                # the same number as p, known to Python
-    d, y = outer.live, 0.0
-    if agree != 0:
-        same = x[:, :d] if x.shape[1] >= d else F.pad(x, (0, 0, 0, 0, 0, d - x.shape[1]))
-        y = same if agree == 1 else p * same                   # (B, d, H, W)
-    if agree != 1:
-        y = y + (1 - p) * sliced(layer, x, d)
-    return y
+    d = outer.live
+    if (inner.values * outer.values).sum() == 0:               # no width is possible on both sides: p is 0
+        return sliced(layer, x, d)
+    same = x[:, :d] if x.shape[1] >= d else F.pad(x, (0, 0, 0, 0, 0, d - x.shape[1]))       # (B, d, H, W)
+    if decided(inner.values) and decided(outer.values):
+        return same
+    return p * same + (1 - p) * sliced(layer, x, d)
 
 
-def mixed_operation(name: str, op: nn.Module, x: torch.Tensor, inner: Side, outer: Side, p: torch.Tensor) -> torch.Tensor:
+def mixed_operation(name: str, op: nn.Module, x: torch.Tensor, inner: Side, outer: Side, p: torch.Tensor):
     """The operation `name` between two interfaces of uncertain width; (B, inner.live, H, W) -> (B, outer.live, H, W).
 
     Line for line the forward pass of search_space.py, with each layer sliced and each new width masked. The mask on the
@@ -122,16 +127,17 @@ class MixedCell(nn.Module):
                     op.shortcut = conv(nf, nf, 1)
 
     def forward(self, x, alpha, alpha_values, sides, agreements):
-        """x (B, nf, H, W) -> the same. alpha (positions, operations); one Side more than positions."""
+        """x (B, nf, H, W) -> the same. alpha: (positions, operations); alpha_values: the same as plain numbers.
+
+        sides: one more than positions; agreements: (positions,), the chance that the widths on both sides agree.
+        """
         y = x
         for i, position in enumerate(self.ops):
             inner, outer, mixture = sides[i], sides[i + 1], 0.0
             for k, (name, op) in enumerate(position.items()):
-                weight = alpha_values[i, k]
-                if weight == 0:
-                    continue                                   # a dead operation costs nothing
-                z = mixed_operation(name, op, y, inner, outer, agreements[i])
-                mixture = mixture + (z if weight == 1 else alpha[i, k] * z)        # (B, outer.live, H, W)
+                if alpha_values[i, k] != 0:                    # a dead operation costs nothing
+                    z = mixed_operation(name, op, y, inner, outer, agreements[i])
+                    mixture = mixture + (z if decided(alpha_values[i]) else alpha[i, k] * z)    # (B, outer.live, H, W)
             y = outer.masked(mixture)
         return x + 0.2 * y
 
@@ -150,21 +156,22 @@ class Supernet(nn.Module):
         super().__init__()
         self.space, self.activation, self.recompute = space, activation, recompute
         nodes, nf = space.nodes, space.channels
-        self.cell_of = {node: i for i, node in enumerate(n for n in nodes if n[-1] == "c")}   # node -> row of alpha, beta
+        self.cell_of = {node: i for i, node in enumerate(n for n in nodes if n[-1] == "c")}     # row of alpha and beta
         self.gamma = nn.Parameter(spread * torch.randn(len(nodes)))
         self.alpha = nn.Parameter(spread * torch.randn(len(self.cell_of), space.positions, len(OPERATIONS)))
         self.beta = nn.Parameter(spread * torch.randn(len(self.cell_of), space.positions - 1, len(space.widths)))
         self.register_buffer("allowed", torch.ones(len(nodes), dtype=torch.bool))   # exits that can meet the budget
 
-        self.head = conv(3, nf, 3, bias=True)                  # no two paths share anything but this and common prefixes
+        # Two paths share what lies on their common prefix, and nothing else.
+        self.head = conv(3, nf, 3, bias=True)
         self.body = nn.ModuleDict({n: MixedCell(space) if n[-1] == "c" else make_up(space, n) for n in nodes})
         self.tails = nn.ModuleDict({n: Tail(nf, space.scale // self._magnification(n)) for n in nodes})
 
         steps = torch.tensor([[float(ch < w) for ch in range(nf)] for w in space.widths])
         self.register_buffer("steps", steps, persistent=False)                      # (widths, nf): one stair per width
         # Multiply-adds are integers far beyond float32's 24 bits, so every table of them is float64. The cost of exit i
-        # is fixed[i] + sum over cells c of on_path[i, c] * cost(c): what no choice changes, and the cells before it, each
-        # counted once for every pixel it runs on. All per LR pixel.
+        # is fixed[i] + sum over cells c of on_path[i, c] * cost(c): what no choice changes, and the cells on the way to
+        # it, each counted once for every pixel it runs on. All per LR pixel.
         table = [[[count(c, d) for d in space.widths] for c in space.widths] for _, count, _ in OPERATIONS.values()]
         pixels = [self._magnification(n) ** 2 for n in nodes]
         ups = [sum(9 * nf * nf * p for m, p in zip(nodes, pixels) if m[-1] == "u" and n.startswith(m)) for n in nodes]
@@ -193,7 +200,7 @@ class Supernet(nn.Module):
 
     def with_ends(self, beta):
         """(cells, positions - 1, widths) -> (cells, positions + 1, widths): a cell's two ends have the full width."""
-        end = torch.zeros_like(beta[:, :1]) if self.space.positions > 1 else beta.new_zeros(len(beta), 1, beta.shape[-1])
+        end = beta.new_zeros(len(beta), 1, beta.shape[-1])
         end[..., -1] = 1
         return torch.cat([end, beta, end], 1)
 
@@ -216,7 +223,7 @@ class Supernet(nn.Module):
         needed = {exit[:i] for exit, g in zip(nodes, gamma_v) if g != 0 for i in range(1, len(exit) + 1)}
         trail = [self.head(x)] + [None] * max(map(len, nodes))                      # features on the way to a node
         out = 0.0
-        for i, node in enumerate(nodes):                       # in preorder, so trail[depth] is the latest, the parent's
+        for i, node in enumerate(nodes):                       # in preorder: trail[depth - 1] is the parent's
             if node not in needed:
                 continue                                       # no live exit here or below
             h = trail[len(node) - 1]                                                # (B, nf, H, W)
@@ -224,9 +231,9 @@ class Supernet(nn.Module):
                 h = self.body[node](h)                                              # (B, nf, factor H, factor W)
             else:
                 c = self.cell_of[node]
-                sides = [Side(masks[c, j], v, space.widths[np.flatnonzero(v != 0)[-1]]) for j, v in enumerate(beta_v[c])]
+                sides = [Side(m, v, space.widths[np.flatnonzero(v)[-1]]) for m, v in zip(masks[c], beta_v[c])]
                 arguments = h, weights.alpha[c], alpha_v[c], sides, agree[c]
-                if self.recompute and torch.is_grad_enabled() and (alpha_v[c] != 1).any(-1).any():
+                if self.recompute and torch.is_grad_enabled() and not decided(alpha_v[c]):
                     h = checkpoint(self.body[node], *arguments, use_reentrant=False)
                 else:
                     h = self.body[node](*arguments)
@@ -235,7 +242,7 @@ class Supernet(nn.Module):
                 y = self.tails[node](h)                                             # (B, 3, scale h, scale w)
                 if space.output == "tanh":
                     y = (torch.tanh(y) + 1) / 2
-                out = out + (y if gamma_v[i] == 1 else weights.gamma[i] * y)
+                out = out + (y if decided(gamma_v) else weights.gamma[i] * y)
         return out if space.output == "tanh" else out + enlarge(x, space.scale)     # sum_i gamma_i = 1: the base once
 
     # --- What the search adds to the loss --------------------------------------------------------------------------
@@ -257,12 +264,12 @@ class Supernet(nn.Module):
     def order_loss(self, weights: Weights) -> torch.Tensor:
         """The "sorted" of sorted sparsestmax: what a deeper exit weighs more than its parent, summed over the tree.
 
-        A hinge on the weights, so it is bounded and stops where the order holds; added to the loss it favours shallow exits.
+        A hinge on the weights: bounded, and zero where the order holds. Added to the loss it favours shallow exits.
         """
         return F.relu(weights.gamma[1:] - weights.gamma[self.parents]).sum()
 
     def order_loss_released(self) -> torch.Tensor:
-        """The form in the authors' released code, for comparison: raw logits, no hinge, summed along each complete path.
+        """The form in the authors' released code, for comparison: raw logits, no hinge, along each complete path.
 
         It telescopes: all that remains is (sum over leaves) - (number of leaves) * root, without a floor.
         """
@@ -271,12 +278,13 @@ class Supernet(nn.Module):
         return sum((self.gamma[path[1:]] - self.gamma[path[:-1]]).sum() for path in paths)
 
     # --- From weights to one network -------------------------------------------------------------------------------
-    def derive(self, weights: Weights, budget: tuple[float, float] | None = None, mean: Weights | None = None) -> Architecture:
+    def derive(self, weights: Weights, budget: tuple[float, float] | None = None,
+               mean: Weights | None = None) -> Architecture:
         """The architecture with the largest weight at every choice; if `budget` is given, the best one within it.
 
-        budget: (least, most) multiply-adds for a 1280x720 output. mean: the weights averaged (or summed) over the whole search. Where
-        the decisions as they stand miss the budget, those are changed that the search was least sure of: a decision for b
-        in place of a loses log(mean_b / mean_a), and the smallest total loss within the budget wins.
+        budget: (least, most) multiply-adds for a 1280x720 output. mean: the weights averaged (or summed) over the whole
+        search, `weights` if None. Where the decisions as they stand miss the budget, those are changed that the search
+        was least sure of: to decide for b in place of a loses log(mean_a / mean_b), and the smallest total loss wins.
         Raises ValueError if the space has no network within the budget.
         """
         weights, mean = ([w.detach().double().cpu().numpy() for w in each] for each in (weights, mean or weights))
@@ -311,7 +319,7 @@ class Supernet(nn.Module):
         best, widest = (-np.inf, None), len(space.widths) - 1
         for exit, (fixed, areas) in enumerate(zip(self.fixed.tolist(), self.on_path.tolist())):
             chain = [(c, p, area) for c, area in enumerate(areas) if area for p in range(space.positions)]
-            slack = len(chain) / 2 + 1                         # rounding to buckets can be wrong by half of one each time
+            slack = len(chain) / 2 + 1                         # each rounding may be wrong by half a bucket
             low, high, start = int(np.ceil(least / most * buckets + slack)), int(buckets - slack), round(fixed / unit)
             if gamma[exit] == -np.inf or start > high or low > high:
                 continue
@@ -339,7 +347,8 @@ class Supernet(nn.Module):
                     bucket, width = bucket - costs[k, before, width], before
                 best = score, (exit, operations, widths[:, 1:-1])
         if best[1] is None:
-            raise ValueError(f"no network of this space has between {least / 1e9:.3g}G and {most / 1e9:.3g}G multiply-adds")
+            raise ValueError(f"no network of this space has {least / 1e9:.3g}G to {most / 1e9:.3g}G multiply-adds: "
+                             "change the budget or enlarge the space")
         return best[1]
 
     def cost_range(self) -> tuple[np.ndarray, np.ndarray]:
@@ -347,7 +356,7 @@ class Supernet(nn.Module):
         table, bounds = self.table.cpu().numpy(), []
         for better, worst in (np.minimum, np.inf), (np.maximum, -np.inf):
             value = np.full(table.shape[1], worst)
-            value[-1] = 0                                      # value[w]: best total of a cell so far that ends in width w
+            value[-1] = 0                                      # value[w]: best total of a chain that ends in width w
             for _ in range(self.space.positions):
                 value = better.reduce(value[None, :, None] + table, axis=(0, 1))
             cells = np.full(len(self.cell_of), value[-1])
@@ -361,8 +370,8 @@ class Supernet(nn.Module):
         """
         low, high = self.cost_range()
         if low.min() > most:
-            raise ValueError(f"no network meets a budget of {most / 1e9:.3g}G multiply-adds: the smallest of this space "
-                             f"has {low.min() / 1e9:.4g}G (for a 1280x720 output)")
+            raise ValueError(f"no network meets a budget of {most / 1e9:.3g}G multiply-adds: the smallest of this "
+                             f"space has {low.min() / 1e9:.4g}G (for a 1280x720 output)")
         if high.max() < least:
             raise ValueError(f"no network uses a budget of {most / 1e9:.3g}G multiply-adds: the largest of this space "
                              f"has {high.max() / 1e9:.4g}G (for a 1280x720 output)")

@@ -19,7 +19,7 @@ import evaluate
 from search_space import Network, Space
 
 ROOT = Path(__file__).resolve().parents[1]
-BENCHMARK = Path(os.environ.get("TRILEVEL_BENCHMARK", ROOT / "../shared/data/benchmark"))
+BENCHMARK = Path(os.environ.get("TRILEVEL_BENCHMARK", "nowhere"))
 needs_benchmark = pytest.mark.skipif(not (BENCHMARK / "Set5/HR").is_dir(),
                                      reason="no photographs: set TRILEVEL_BENCHMARK to a folder with Set5/HR, ...")
 

@@ -7,9 +7,9 @@ import torch
 
 from search_space import OPERATIONS, Network, Space
 from sparsestmax import ACTIVATIONS
-from supernet import MixedCell, Supernet, Weights
+from supernet import MixedCell, Side, Supernet, Weights
 
-SPACES = [Space(2, 24, 2, 3), Space(3, 24, 2, 2, output="tanh"), Space(4, 16, 2, 2), Space(4, 24, 2, 1, upsample="plain")]
+SPACES = [Space(2, 24, 2, 3), Space(3, 24, 2, 2, output="tanh"), Space(4, 16, 2, 2), Space(4, 24, 2, 1, "plain")]
 
 
 def make(space, activation="sparsestmax", seed=0, spread=1.0, dtype=torch.float64, **options):
@@ -49,13 +49,14 @@ def outcome(net, progress, dense):
 @pytest.mark.parametrize("space", SPACES, ids=str)
 def test_skipping_zeros_changes_nothing(space, activation):
     for seed, progress in enumerate((0.0, 0.2, 0.4, 0.6, 0.8, 0.95, 1.0)):
-        net = make(space, activation, seed, spread=(1e-3, 0.3, 1.0)[seed % 3])
+        net = make(space, activation, seed, spread=(1e-3, 0.3, 1.0, 30.0)[seed % 4])   # 30: softmax gives 1 beside 1e-20
         (y, grads), (full, full_grads) = outcome(net, progress, False), outcome(net, progress, True)
         torch.testing.assert_close(y, full, rtol=1e-12, atol=1e-12)
         for name in full_grads:
             # Near ties the map's own slope is enormous and magnifies rounding: compare relative to the whole gradient.
             size = 1 + full_grads[name].abs().sum().item()
-            torch.testing.assert_close(grads[name], full_grads[name], rtol=1e-9, atol=1e-11 * size, msg=f"{name} at {progress}")
+            torch.testing.assert_close(grads[name], full_grads[name], rtol=1e-9, atol=1e-11 * size,
+                                       msg=f"{name} at progress {progress}")
 
 
 def test_zeros_are_skipped_indeed():
@@ -69,8 +70,8 @@ def test_zeros_are_skipped_indeed():
     assert called == [architecture.path[:i + 1] for i in range(len(architecture.path))]
     weights = net.weights(1.0)
     net(torch.rand(1, 3, 4, 4), weights).sum().backward()
-    touched = {name for name, p in net.named_parameters() if p.grad is not None and p.grad.any()} - {"gamma", "alpha", "beta"}
-    assert {name.split(".ops.")[1].split(".")[1] for name in touched if ".ops." in name} == set(sum(architecture.operations, ()))
+    touched = [name for name, p in net.named_parameters() if ".ops." in name and p.grad is not None and p.grad.any()]
+    assert {name.split(".")[4] for name in touched} == set(sum(architecture.operations, ()))   # body.NODE.ops.0.NAME
 
 
 def test_gumbel_zeros_carry_gradient():
@@ -88,7 +89,7 @@ def test_recomputing_changes_nothing():
 
 
 def test_mixture_by_hand():
-    """One position, written out: sum_k alpha_k op_k(x), each op a plain module of search_space with the sliced weights."""
+    """One position, written out: sum_k alpha_k op_k(x), each op a plain module of search_space with the same weights."""
     torch.manual_seed(0)
     space = Space(2, 24, 1, 1)
     net = make(space)
@@ -100,7 +101,6 @@ def test_mixture_by_hand():
         mine = net.body["c"].ops[0][name].state_dict()
         op.load_state_dict({key: mine[key] for key in op.state_dict()})
         y = y + weights.alpha[0, 0, k] * op(x)
-    from supernet import Side
     full = Side(torch.ones(24).double(), weights.beta.new_tensor([0, 0, 1]).numpy(), 24)
     mixed = net.body["c"](x, weights.alpha[0], weights.alpha[0].detach().numpy(), [full, full], torch.ones(1).double())
     torch.testing.assert_close(mixed, x + 0.2 * y)
@@ -172,18 +172,21 @@ def test_knapsack_finds_the_best_within_the_budget():
         best = {}
         for (g, path), k1, k2, w in itertools.product(enumerate(space.nodes), range(4), range(4), range(3)):
             a = net._spell(g, [[k1, k2]], [[w]])
-            if 0.8 * budget * 1.01 <= a.multiply_adds() <= budget * 0.99:           # away from the bounds, where buckets round
+            if 0.8 * budget <= a.multiply_adds() <= budget:
                 best[a] = scores[0][g] + scores[1][0, 0, k1] + scores[1][0, 1, k2] + scores[2][0, 0, w]
-        if best:
+        # Costs are rounded to buckets, so what lies within 1 % of the bounds may be passed over, and only that.
+        inside = [score for a, score in best.items() if 0.808 * budget <= a.multiply_adds() <= 0.99 * budget]
+        if inside:
             found = net._spell(*net._knapsack(*scores, 0.8 * budget, budget))
-            assert best.get(found, -1e9) >= max(best.values()) - 1e-9 or not 0.808 * budget <= found.multiply_adds() <= 0.99 * budget
+            assert best[found] >= max(inside) - 1e-9
 
 
 def test_cost_range_is_tight():
     space = Space(4, 24, 1, 2)
     net = make(space)
     for i, path in enumerate(space.nodes):
-        costs = [net._spell(i, [[k1, k2]], [[w]]).multiply_adds() for k1, k2, w in itertools.product(range(4), range(4), range(3))]
+        choices = itertools.product(range(4), range(4), range(3))
+        costs = [net._spell(i, [[k1, k2]], [[w]]).multiply_adds() for k1, k2, w in choices]
         assert [bound[i] for bound in net.cost_range()] == [min(costs), max(costs)]
 
 

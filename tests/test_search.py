@@ -1,0 +1,244 @@
+"""The loop end to end at toy size: what a run leaves behind, that it keeps its budget, that resuming changes no bit."""
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import search
+from evaluate import degrade, load_run
+from search_space import Network
+from sparsestmax import ACTIVATIONS
+
+TINY = "--channels 16 --cells 2 --positions 2 --batch 2 --patch 8 --steps 14 --search 8 --device cpu".split()
+
+
+def run(out, *options):
+    search.main([*TINY, "--out", str(out), *map(str, options)])
+    return out
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        Image.fromarray(search.dead_leaves(48, rng)).save(folder / f"{i}.png")
+    return folder
+
+
+def test_a_run_leaves_everything(tmp_path, photos, capsys):
+    out = run(tmp_path / "a", "--data", photos, "--budget", "2G")
+    names = {"settings.json", "history.csv", "distributions.npz", "levels.png", "architecture.png", "architecture.json",
+             "network.pt", "results.md", "checkpoint.pt"}
+    assert {path.name for path in out.iterdir()} == names
+    network = load_run(out)                                    # weights_only=True
+    a = network.architecture
+    assert 0.8 * 2e9 <= a.multiply_adds() <= 2e9
+    rows = list(csv.DictReader((out / "history.csv").open()))
+    assert [int(row["step"]) for row in rows] == list(range(1, 15))
+    assert float(rows[0]["live_operations"]) == 4 and float(rows[-1]["multiply_adds"]) == a.multiply_adds()
+    over_time = np.load(out / "distributions.npz")
+    assert {name: over_time[name].shape[1:] for name in ("gamma", "alpha", "beta")} == \
+        {"gamma": (5,), "alpha": (3, 2, 4), "beta": (3, 1, 2)}
+    for name in ("gamma", "alpha", "beta"):                    # each row of each level, at any time, is on the simplex
+        np.testing.assert_allclose(over_time[name].sum(-1), 1, rtol=1e-5)
+    settings = json.loads((out / "settings.json").read_text())
+    assert settings["settings"]["seed"] == 0 and settings["versions"]["torch"] == torch.__version__
+    text = (out / "results.md").read_text()
+    assert "bicubic" in text and f"{a.parameters():,}" in text and text in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("scale, activation", [*((2, f) for f in ACTIVATIONS), (3, "sparsestmax"), (4, "sparsestmax")])
+def test_every_run_keeps_its_budget(tmp_path, photos, scale, activation):
+    out = run(tmp_path / "a", "--scale", scale, "--activation", activation, "--budget", "1.6G", "--data", photos)
+    a = load_run(out).architecture
+    assert a.scale == scale and 0.8 * 1.6e9 <= a.multiply_adds() <= 1.6e9
+
+
+class Killed(BaseException):
+    """Nothing in search.py catches it, as nothing catches SIGKILL."""
+
+
+@pytest.mark.parametrize("activation", ["sparsestmax", "gumbel"])          # gumbel draws random numbers of its own
+@pytest.mark.parametrize("kill_at", [[3], [7], [8], [11], [2, 6, 9, 13]])
+def test_resuming_gives_the_same_bits(tmp_path, photos, monkeypatch, activation, kill_at):
+    options = "--data", photos, "--budget", "2G", "--activation", activation, "--seed", 3
+    straight = run(tmp_path / "straight", *options)
+    monkeypatch.setattr(search, "SAVE_SECONDS", 0)             # a checkpoint after every step
+    out, steps = tmp_path / "killed", (search.Run.search_step, search.Run.training_step)
+    for i, at in enumerate(kill_at + [None]):
+        def dying(step):
+            def method(self, *args):
+                result = step(self, *args)                     # weights are already changed when death comes
+                if self.step == at:
+                    raise Killed
+                return result
+            return method
+        monkeypatch.setattr(search.Run, "search_step", dying(steps[0]))
+        monkeypatch.setattr(search.Run, "training_step", dying(steps[1]))
+        try:
+            run(out, *options) if i == 0 else search.main(["--resume", "--out", str(out)])
+        except Killed:
+            assert at is not None
+    a, b = (torch.load(folder / "network.pt", weights_only=True) for folder in (straight, out))
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    assert (straight / "architecture.json").read_text() == (out / "architecture.json").read_text()
+    a, b = (list(csv.DictReader((folder / "history.csv").open())) for folder in (straight, out))
+    assert [row | dict(seconds=0) for row in a] == [row | dict(seconds=0) for row in b]
+    a, b = (np.load(folder / "distributions.npz") for folder in (straight, out))
+    assert all(np.array_equal(a[key], b[key]) for key in a)
+
+
+def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
+    out = tmp_path / "a"
+    command = [sys.executable, "search.py", *TINY, "--out", str(out), "--steps", "100000"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(search.__file__).parent)
+    deadline = time.time() + 120
+    while not (out / "settings.json").exists() and time.time() < deadline:
+        time.sleep(0.2)
+    time.sleep(2)
+    process.send_signal(signal.SIGTERM)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 143 and f"--resume --out {out}" in error
+    assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] > 0
+
+
+def make_run(photos, tmp_path, **changes):
+    args = search.arguments().parse_args([*TINY, "--out", str(tmp_path / "r"), "--data", str(photos), "--budget", "2G"])
+    settings, out = search.settings_of(args)
+    vars(settings).update(changes)
+    made = search.Run(settings, out)
+    made.load_data()
+    return made
+
+
+def test_hand_over_is_an_identity_and_keeps_adams_memory(photos, tmp_path):
+    """Decide by sparsestmax alone, within the budget: nothing may change but the type of the object."""
+    made = make_run(photos, tmp_path)
+    for _ in range(3):
+        made.sum = made.search_step(0.0)[1]
+    net, old = made.supernet, made.optimiser
+    with torch.no_grad():                                      # lead towards a network that the budget allows
+        wanted = net.derive(net.weights(1.0), (1.6e9, 2e9), made.sum)
+        net.gamma[net.space.nodes.index(wanted.path)] += 9
+        for i, cell in enumerate(wanted.path[:j + 1] for j, letter in enumerate(wanted.path) if letter == "c"):
+            for p, name in enumerate(wanted.operations[i]):
+                net.alpha[net.cell_of[cell], p, list(search.OPERATIONS).index(name)] += 9
+            for p, width in enumerate(wanted.widths[i]):
+                net.beta[net.cell_of[cell], p, net.space.widths.index(width)] += 9
+    made.hand_over()
+    assert type(made.network) is Network and made.network.architecture == wanted
+    assert made.hand_over_report["largest_difference"] <= 1e-5
+    for parameter, source in net.origins(made.network):
+        assert torch.equal(parameter, search.leading(source, parameter))
+        for name, value in old.state[source].items():
+            kept = made.optimiser.state[parameter][name]
+            assert torch.equal(kept, value if value.dim() == 0 else search.leading(value, parameter))
+    made.training_step()
+
+
+def test_logits_get_no_weight_gradient_and_weights_no_logit_gradient(photos, tmp_path):
+    made = make_run(photos, tmp_path)
+    logits = {id(p) for p in made.supernet.logits()}
+    before = [p.clone() for p in made.supernet.logits()]
+    made.search_step(0.0)
+    assert all(p.grad is not None and not torch.equal(p, b) for p, b in zip(made.supernet.logits(), before))
+    assert not logits & {id(p) for group in made.optimiser.param_groups for p in group["params"]}
+
+
+def test_halves_are_disjoint_and_complete(photos):
+    pairs = search.load_photos(str(photos), 2, 8, 0)
+    a, b = search.halves(pairs, torch.Generator().manual_seed(0))
+    assert len(a) == len(b) == 2 and {id(p[0]) for p in a + b} == {id(p[0]) for p in pairs}
+    (a, b), whole = search.halves(pairs[:1], torch.Generator()), pairs[0]
+    for i in (0, 1):                                           # LR, HR
+        assert np.array_equal(np.concatenate([a[0][i], b[0][i]], 1), whole[i])
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_patches_match_and_are_turned_alike(scale):
+    """HR is LR with every pixel repeated, so a patch that was cut or turned differently would show."""
+    lr = np.random.default_rng(0).integers(0, 256, (20, 31, 3), dtype=np.uint8)
+    patches = search.Patches([(lr, lr.repeat(scale, 0).repeat(scale, 1))], 8, "cpu")
+    x, y = patches.batch(64, torch.Generator().manual_seed(0))
+    assert x.shape == (64, 3, 8, 8) and y.shape == (64, 3, 8 * scale, 8 * scale) and 0 <= x.min() and x.max() <= 1
+    assert torch.equal(x.repeat_interleave(scale, 2).repeat_interleave(scale, 3), y)
+    again, _ = patches.batch(64, torch.Generator().manual_seed(0))
+    assert torch.equal(x, again) and len({image.numpy().tobytes() for image in x}) > 50
+
+
+def test_lr_is_made_by_the_rule(photos):
+    lr, hr = search.load_photos(str(photos), 3, 8, 0)[0]
+    assert hr.shape == (48, 48, 3) and np.array_equal(lr, degrade(hr, 3))
+
+
+def test_unusable_files_are_named_and_skipped(photos, tmp_path, capsys):
+    sub = tmp_path / "a folder" / "ü"
+    sub.mkdir(parents=True)
+    (sub / "good.PNG").write_bytes((photos / "0.png").read_bytes())
+    (sub / "broken.jpg").write_bytes(b"\xff\xd8 no more")
+    (sub / "notes.txt").write_text("not a picture")
+    Image.new("RGB", (5, 400)).save(sub / "thin.png")
+    assert len(search.load_photos(str(tmp_path), 2, 8, 0)) == 1
+    error = capsys.readouterr().err
+    assert "broken.jpg" in error and "thin.png" in error and "notes" not in error and "good" not in error
+
+
+def test_dead_leaves_are_seeded_and_have_edges():
+    a, b, c = (search.dead_leaves(64, np.random.default_rng(seed)) for seed in (0, 0, 1))
+    assert a.dtype == np.uint8 and a.shape == (64, 64, 3) and np.array_equal(a, b) and not np.array_equal(a, c)
+    steps = np.abs(np.diff(a.astype(int), axis=0))
+    assert np.median(steps) < 5 and np.quantile(steps, 0.95) > 30      # flat leaves, sharp borders
+
+
+def test_schedules():
+    assert [search.progress_at(step, 100) for step in (0, 10, 55, 100, 500)] == pytest.approx([0, 0, 0.5, 1, 1])
+    rates = [search.learning_rate_at(step, 1000) for step in range(1000)]
+    assert max(rates) <= search.LEARNING_RATE and rates[0] < rates[9] and rates[-1] < 0.011 * search.LEARNING_RATE
+
+
+@pytest.mark.parametrize("text, value", [("18G", 18e9), ("750M", 7.5e8), ("1.5g", 1.5e9), ("2e9", 2e9)])
+def test_budgets_are_read(text, value):
+    assert search.multiply_adds(text) == value
+
+
+@pytest.mark.parametrize("options, message", [
+    ("--scale 5", "scale"), ("--steps 0", "positive"), ("--steps 2.5", "positive"), ("--steps 8", "more than --search"),
+    ("--budget 0", "0"), ("--budget banana", "banana"), ("--budget -1G", "budget"), ("--budget nan", "nan"),
+    ("--budget 1M", "the smallest of this space has"), ("--budget 900G", "the largest of this space has"),
+    ("--data nowhere", "nowhere is not a folder"), ("--data {empty}", "no usable photograph"),
+    ("--device cuda:99", "--device cuda:99"), ("--device gpu", "--device gpu"), ("--activation relu", "relu"),
+    ("--channels 20", "multiple of 8"), ("--out {full}", "not empty"), ("--resume", "no run to resume")])
+def test_bad_command_lines_say_so_in_one_line(tmp_path, capsys, options, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    options = options.format(empty=tmp_path / "empty", full=tmp_path / "full").split()
+    with pytest.raises(SystemExit) as stop:
+        search.main([*TINY, "--out", str(tmp_path / "out"), *options])
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and last.startswith("search.py: error: ") and message in last
+    assert not (tmp_path / "out").exists()                     # nothing half begun
+
+
+def test_resuming_with_other_settings_is_refused(tmp_path, photos, capsys):
+    out = run(tmp_path / "a", "--data", photos, "--budget", "2G")
+    with pytest.raises(SystemExit) as stop:
+        search.main(["--resume", "--out", str(out), "--seed", "7", "--scale", "2"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "--seed 7 (the run has 0)" in error and "--scale" not in error
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_runs_on_cuda(tmp_path, photos):
+    out = run(tmp_path / "a", "--device", "cuda", "--preset", "full", "--data", photos, "--budget", "2G")
+    assert (out / "network.pt").exists()
