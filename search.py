@@ -140,10 +140,10 @@ class Patches:
 def halves(pairs, generator: torch.Generator):
     """Two disjoint random halves: one for the weights, one for the logits. A single photograph is cut in two."""
     if len(pairs) == 1:
-        lr, hr = pairs[0]
-        middle, axis = max(lr.shape[:2]) // 2, int(lr.shape[1] >= lr.shape[0])
-        scale = hr.shape[0] // lr.shape[0]
-        return [list(zip(np.split(lr, [middle], axis), np.split(hr, [scale * middle], axis)))[i:i + 1] for i in (0, 1)]
+        (lr, hr), = pairs
+        axis = int(lr.shape[1] > lr.shape[0])                  # across the longer side
+        middle, scale = lr.shape[axis] // 2, hr.shape[0] // lr.shape[0]
+        return [[pair] for pair in zip(np.split(lr, [middle], axis), np.split(hr, [scale * middle], axis))]
     order = torch.randperm(len(pairs), generator=generator).tolist()
     return [pairs[i] for i in order[::2]], [pairs[i] for i in order[1::2]]
 
@@ -263,7 +263,8 @@ class Run:
         every_snapshot, every_row = max(1, s.search // 200), max(1, s.steps // 400)
         stop = []                                                      # the signals that came
         handlers = {n: signal.signal(n, lambda n, _: stop.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
-        bar = tqdm(total=s.steps, initial=self.step, desc=f"x{s.scale}", unit="step", disable=None, dynamic_ncols=True)
+        bar = tqdm(total=s.steps, initial=self.step, desc=f"x{s.scale}", unit="step", dynamic_ncols=True,
+                   mininterval=0.1 if sys.stderr.isatty() else 30)     # a log file wants few lines
         last = saved = time.perf_counter()
         while self.step < s.steps and not stop:
             # 1. Where are we in the schedules?
@@ -327,7 +328,10 @@ class Run:
         write_whole(self.out / "checkpoint.pt", partial(torch.save, state))
 
     def load(self):
-        state = torch.load(self.out / "checkpoint.pt", map_location=self.device, weights_only=True)
+        try:
+            state = torch.load(self.out / "checkpoint.pt", map_location=self.device, weights_only=True)
+        except Exception as error:                                     # zip reader, unpickler and torch each have their own
+            raise ValueError(f"{self.out / 'checkpoint.pt'} is damaged; start again in another --out") from error
         for name in self.PLAIN:
             setattr(self, name, state[name])
         self.sum = state["sum"] and Weights(*state["sum"])

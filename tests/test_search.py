@@ -161,7 +161,7 @@ def test_halves_are_disjoint_and_complete(photos):
     assert len(a) == len(b) == 2 and {id(p[0]) for p in a + b} == {id(p[0]) for p in pairs}
     (a, b), whole = search.halves(pairs[:1], torch.Generator()), pairs[0]
     for i in (0, 1):                                           # LR, HR
-        assert np.array_equal(np.concatenate([a[0][i], b[0][i]], 1), whole[i])
+        assert np.array_equal(np.concatenate([a[0][i], b[0][i]]), whole[i])
 
 
 @pytest.mark.parametrize("scale", [2, 3, 4])
@@ -236,6 +236,10 @@ def test_resuming_with_other_settings_is_refused(tmp_path, photos, capsys):
         search.main(["--resume", "--out", str(out), "--seed", "7", "--scale", "2"])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and "--seed 7 (the run has 0)" in error and "--scale" not in error
+    (out / "checkpoint.pt").write_bytes((out / "checkpoint.pt").read_bytes()[:-1000])
+    with pytest.raises(SystemExit) as stop:
+        search.main(["--resume", "--out", str(out)])
+    assert stop.value.code == 2 and "damaged" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
