@@ -326,7 +326,7 @@ def format_table(title, methods):
     for name, architecture, rows in methods:
         size, cost = "-", "-"
         if architecture is not None:
-            size, cost = f"{architecture.parameters():,}", f"{architecture.multiply_adds() / 1e9:.3g} G"
+            size, cost = f"{architecture.parameters():,}", f"{architecture.multiply_adds() / 1e9:.2f} G"
         mean_psnr, mean_ssim = (float(np.mean([row[k] for row in rows])) for k in (1, 2))
         lines.append(f"| {name} | {size} | {cost} | {mean_psnr:.2f} | {mean_ssim:.4f} |")
     return "\n".join(lines) + "\n"

@@ -109,12 +109,16 @@ def load_photos(folder: str | None, scale: int, patch: int, seed: int) -> list[t
         pairs = list(tqdm(pool.map(pair, sources), "photographs", len(sources), leave=False, disable=None))
     pairs = [p for p in pairs if p is not None]
     if not pairs:
-        raise ValueError(f"{folder} holds no usable photograph: PNG, JPEG or WebP, at least {scale * patch} pixels each way")
+        raise ValueError(f"{folder} holds no usable photograph (PNG, JPEG, WebP; at least {scale * patch} pixels each way)")
     return pairs
 
 
 class Patches:
-    """Random patches from photographs that stay in memory as uint8, on the device where they are needed."""
+    """Random patches from photographs that stay in memory as uint8, on the device where they are needed.
+
+    All chance comes from the generator that `batch` is handed, on the CPU: its state is part of a checkpoint, so a run
+    that is resumed sees the patches it would have seen.
+    """
 
     def __init__(self, pairs, patch: int, device):
         self.patch, self.scale = patch, pairs[0][1].shape[0] // pairs[0][0].shape[0]
@@ -148,6 +152,10 @@ def halves(pairs, generator: torch.Generator):
     return [pairs[i] for i in order[::2]], [pairs[i] for i in order[1::2]]
 
 
+# Why two halves? Were both steps to see the same data, the logits could favour whatever memorises it best. Why random?
+# File names sort by subject and source, and the halves should differ in nothing but the photographs they hold.
+
+
 # --- 2. Schedules --------------------------------------------------------------------------------------------------
 
 def progress_at(step: int, search: int) -> float:
@@ -164,7 +172,11 @@ def learning_rate_at(step: int, steps: int) -> float:
 # --- 3. The loop ---------------------------------------------------------------------------------------------------
 
 class Run:
-    """One search from the first step to the last. Whatever a checkpoint must hold is an attribute."""
+    """One search from the first step to the last.
+
+    At any time there is either a supernet with two optimisers (weights, logits) or, after the hand-over, a network with
+    one. Whatever a checkpoint must hold is an attribute.
+    """
 
     def __init__(self, settings: argparse.Namespace, out: Path):
         s = self.settings = settings
@@ -178,8 +190,10 @@ class Run:
         self.hand_over_report = None
         self.space = Space(s.scale, s.channels, s.cells, s.positions)
         self.supernet = Supernet(self.space, ACTIVATIONS[s.activation], recompute=s.preset == "full")
-        self.supernet.restrict(LEAST * s.budget, s.budget)
+        self.supernet.restrict(LEAST * s.budget, s.budget)             # an impossible budget ends here, before any work
         self.supernet.to(self.device, memory_format=torch.channels_last)
+        # Logits want other steps than weights: larger, since only their differences count and they must decide within the
+        # search; and with less momentum (beta1 = .5), since every batch judges the candidates anew.
         logits = self.supernet.logits()
         self.logits_optimiser = torch.optim.Adam(logits, lr=LOGITS_RATE, betas=(0.5, 0.999))
         self.optimiser = self.adam(p for p in self.supernet.parameters() if not any(p is l for l in logits))
@@ -197,7 +211,7 @@ class Run:
         self.half_a, self.half_b, self.whole = (Patches(part, s.patch, self.device) for part in (a, b, pairs))
 
     def loss(self, model, patches: Patches, *weights) -> torch.Tensor:
-        """L1 between the model's output on one batch and the truth."""
+        """L1 between the model's output on one batch and the truth (L1 rather than L2: Lim et al., arXiv 1707.02921)."""
         lr, hr = patches.batch(self.settings.batch, self.generator)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bfloat16):
             sr = model(lr, *weights)                                   # (B, 3, scale patch, scale patch)
@@ -244,6 +258,8 @@ class Run:
             weights = net.weights(1.0)
         architecture = net.derive(weights, (LEAST * s.budget, s.budget), self.sum)
         self.network = net.inherit(architecture).to(memory_format=torch.channels_last)
+        # A fresh Adam would take its first steps blind, and the loss would jump. Its moments have the shape of the
+        # weights, so they are sliced alike. (A layer that was never computed has none, and starts fresh.)
         optimiser = self.adam(self.network.parameters())
         for parameter, source in net.origins(self.network):
             optimiser.state[parameter] = {name: value.clone() if value.dim() == 0 else leading(value, parameter).clone()
@@ -261,7 +277,9 @@ class Run:
         """All steps that are left. SIGINT and SIGTERM end it after the step in progress, with a checkpoint."""
         s = self.settings
         every_snapshot, every_row = max(1, s.search // 200), max(1, s.steps // 400)
-        stop = []                                                      # the signals that came
+        # A signal may come in the middle of a step, with half of the weights updated. It is only noted, and heeded after
+        # the step; that is why stopping and resuming changes no bit.
+        stop = []
         handlers = {n: signal.signal(n, lambda n, _: stop.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
         bar = tqdm(total=s.steps, initial=self.step, desc=f"x{s.scale}", unit="step", dynamic_ncols=True,
                    mininterval=0.1 if sys.stderr.isatty() else 30)     # a log file wants few lines
@@ -312,7 +330,8 @@ class Run:
                   f"{shlex.quote(str(self.out))}", file=sys.stderr)
             sys.exit(128 + stop[0])
 
-    # --- Checkpoints: tensors, numbers and strings only, so that they load with weights_only=True ---
+    # --- Checkpoints. Tensors, numbers and strings only: such a file loads with weights_only=True, that is, loading it
+    # cannot run anybody's code. Beside weights and moments it holds the state of each random generator. ---
     PLAIN = "step", "seconds", "recent", "history", "hand_over_report"
 
     def save(self):
@@ -330,7 +349,7 @@ class Run:
     def load(self):
         try:
             state = torch.load(self.out / "checkpoint.pt", map_location=self.device, weights_only=True)
-        except Exception as error:                                     # zip reader, unpickler and torch each have their own
+        except Exception as error:                                     # zip reader, unpickler, torch: each has its own
             raise ValueError(f"{self.out / 'checkpoint.pt'} is damaged; start again in another --out") from error
         for name in self.PLAIN:
             setattr(self, name, state[name])
@@ -376,7 +395,7 @@ class Run:
         text = (f"{format_table(f'The photograph that matplotlib ships, x{scale}', methods)}\n"
                 f"{self.step} steps: search {self.seconds['search']:.0f} s, training {self.seconds['training']:.0f} s.\n"
                 f"Path {architecture.path}, {used:.0%} of the budget of {self.settings.budget / 1e9:.4g}G.\n"
-                f"Hand-over at step {report['step']}: the supernet had {report['psnr_supernet']:.2f} dB on a batch, the derived "
+                f"Hand-over at step {report['step']}: the supernet had {report['psnr_supernet']:.2f} dB on a batch, the "
                 f"network {report['psnr_network']:.2f} dB; largest difference {report['largest_difference']:.1e}.\n")
         write_whole(out / "results.md", lambda path: path.write_text(text))
         print(text)
@@ -400,10 +419,11 @@ def draw_levels(space: Space, path: str, steps, weights: Weights) -> Figure:
     for title, level, names in levels:
         rows = level[:, cells]                                         # (T, cells on the path, places, candidates)
         places = [f"{c + 1}.{p + 1}" for c in range(rows.shape[1]) for p in range(rows.shape[2])]
-        panels.append((f"{title} on the path {path}", rows.reshape(len(rows), -1),
-                       [f"{place} {name}" for place in places for name in names]))
+        labels = [f"{place} {name}" for place in places for name in names]
+        if labels:                                                     # with one position there is no inner width
+            panels.append((f"{title} on the path {path}", rows.reshape(len(rows), len(labels)), labels))
     figure = Figure(figsize=(15, 2 + 0.16 * max(len(labels) for *_, labels in panels)), layout="constrained")
-    for axis, (title, level, labels) in zip(figure.subplots(1, 3), panels):
+    for axis, (title, level, labels) in zip(figure.subplots(1, len(panels)), panels):
         edges = np.append(steps, steps[-1] + max(1, steps[-1] - steps[-2] if len(steps) > 1 else 1))
         mesh = axis.pcolormesh(edges, np.arange(len(labels) + 1), level.T, vmin=0, vmax=1, cmap="viridis")
         axis.set_title(title)

@@ -64,6 +64,11 @@ def test_every_run_keeps_its_budget(tmp_path, photos, scale, activation):
     assert a.scale == scale and 0.8 * 1.6e9 <= a.multiply_adds() <= 1.6e9
 
 
+def test_one_position_has_no_width_to_choose(tmp_path, photos):
+    out = run(tmp_path / "a", "--data", photos, "--positions", 1, "--budget", "1.6G")
+    assert load_run(out).architecture.widths == ((),) * load_run(out).architecture.path.count("c")
+
+
 class Killed(BaseException):
     """Nothing in search.py catches it, as nothing catches SIGKILL."""
 
