@@ -528,6 +528,7 @@ def main(argv=None):
             out.mkdir(parents=True, exist_ok=True)
             text = json.dumps(describe(settings), indent=1) + "\n"
             write_whole(out / "settings.json", lambda path: path.write_text(text))
+            run.save()                                                 # from here on there is something to resume
         run.run()
         run.finish()
     except (ValueError, OSError) as error:
