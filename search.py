@@ -11,10 +11,13 @@ batch from one half of the photographs moves the weights, a batch from the other
 branches are no longer computed. At progress 1 what is left *is* one network: it leaves the supernet with its
 weights and with Adam's memory of them, computes the same function, and the same loop goes on with all photographs.
 
-    loss = L1(SR, HR)  +  COST * log(multiply-adds / target)^2  +  ORDER * sum over edges of max(0, child - parent)
+    loss = L1(SR, HR)  +  COST * sum over exits of gamma * log(multiply-adds of the exit / target)^2
+                       +  ORDER * sum over edges of max(0, child - parent)
 
-The second term holds the expected multiply-adds near a target just under the budget; exits that no network within the
-budget can have are forbidden from the start. The third is the paper's "sorting": a deeper exit must earn its depth.
+The second term holds the multiply-adds near a target just under the budget. It asks this of *each* exit: were only their
+mean to meet the target, an exit far too dear could hide behind cheap ones, win, and then have to starve its cells (seen at
+x4: all operations 1x1, half a decibel lost). Exits that no network within the budget can have are forbidden from the
+start. The third is the paper's "sorting": a deeper exit must earn its depth.
 Should the last choices to close have missed the budget, `Supernet.derive` changes those that the search was least sure
 of, so every run ends within its budget and uses at least 80 % of it.
 
@@ -61,7 +64,7 @@ WARM = 0.1                     # progress stays 0 for this part of the search, u
 LEAST = 0.8                    # a found network uses at least this part of its budget
 LEARNING_RATE = 1e-3           # of the weights: Adam, linear warm-up, then cosine to 1 %
 LOGITS_RATE = 3e-3             # of the logits: Adam with betas (.5, .999), constant
-COST = 0.1                     # weight of the budget term
+COST = 0.03                    # weight of the budget term
 ORDER = 1e-3                   # weight of the order term
 SAVE_SECONDS = 60              # a killed run loses at most this much
 
@@ -231,13 +234,14 @@ class Run:
         #    that the budget allows; the log makes twice too much and half too little equally bad, at any budget.
         weights = net.weights(progress)
         cost = net.multiply_adds(weights)
-        off_target = torch.log(cost / ((1 + LEAST) / 2 * s.budget)).float()
+        off_target = torch.log(net.exit_costs(weights) / ((1 + LEAST) / 2 * s.budget)).float()     # (nodes,)
         #    In the end not this mean over networks counts but the network that would be found if the search stopped now.
         #    Its cost has no slope, so it shifts the value, the more the nearer the end; the slope remains the mean's.
         with torch.no_grad():
             shift = progress * torch.log(net.multiply_adds(net.weights(1.0)) / cost).float()
         off_target = off_target + shift
-        total = self.loss(net, self.half_b, weights) + COST * off_target ** 2 + ORDER * net.order_loss(weights)
+        total = (self.loss(net, self.half_b, weights) + COST * (weights.gamma * off_target ** 2).sum()
+                 + ORDER * net.order_loss(weights))
         self.logits_optimiser.zero_grad()
         total.backward(inputs=net.logits())                            # convolution kernels get no gradient here
         self.logits_optimiser.step()
