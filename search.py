@@ -423,7 +423,7 @@ def draw_levels(space: Space, path: str, steps, weights: Weights) -> Figure:
     for title, level, names in levels:
         rows = level[:, cells]                                         # (T, cells on the path, places, candidates)
         places = [f"{c + 1}.{p + 1}" for c in range(rows.shape[1]) for p in range(rows.shape[2])]
-        labels = [f"{place} {name}" for place in places for name in names]
+        labels = [f"{place}: {name}" for place in places for name in names]
         if labels:                                                     # with one position there is no inner width
             panels.append((f"{title} on the path {path}", rows.reshape(len(rows), len(labels)), labels))
     figure = Figure(figsize=(15, 2 + 0.16 * max(len(labels) for *_, labels in panels)), layout="constrained")
