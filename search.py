@@ -15,8 +15,8 @@ weights and with Adam's memory of them, computes the same function, and the same
                        +  ORDER * sum over edges of max(0, child - parent)
 
 The second term holds the multiply-adds near a target just under the budget. It asks this of *each* exit: were only their
-mean to meet the target, an exit far too dear could hide behind cheap ones, win, and then have to starve its cells (seen at
-x4: all operations 1x1, half a decibel lost). Exits that no network within the budget can have are forbidden from the
+mean to meet the target, an exit far too dear could hide behind cheap ones, win, and then have to starve its cells (seen
+at x4, where all operations became 1x1). Exits that no network within the budget can have are forbidden from the
 start. The third is the paper's "sorting": a deeper exit must earn its depth.
 Should the last choices to close have missed the budget, `Supernet.derive` changes those that the search was least sure
 of, so every run ends within its budget and uses at least 80 % of it.

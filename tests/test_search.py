@@ -1,7 +1,6 @@
 """The loop end to end at toy size: what a run leaves behind, that it keeps its budget, that resuming changes no bit."""
 import csv
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -62,6 +61,13 @@ def test_every_run_keeps_its_budget(tmp_path, photos, scale, activation):
     out = run(tmp_path / "a", "--scale", scale, "--activation", activation, "--budget", "1.6G", "--data", photos)
     a = load_run(out).architecture
     assert a.scale == scale and 0.8 * 1.6e9 <= a.multiply_adds() <= 1.6e9
+
+
+def test_the_full_preset_runs_at_toy_size(tmp_path, photos):
+    """Recomputed cells and bfloat16, which the lesson preset leaves out."""
+    out = run(tmp_path / "a", "--preset", "full", "--data", photos, "--budget", "2G")
+    settings = json.loads((out / "settings.json").read_text())["settings"]
+    assert settings["bfloat16"] and all(p.isfinite().all() for p in load_run(out).parameters())
 
 
 def test_one_position_has_no_width_to_choose(tmp_path, photos):
