@@ -4,6 +4,7 @@
     python search.py --scale 2 --data DIR                 # the same on a folder of photographs
     python search.py --scale 4 --data DIR --budget 18G    # with a CUDA GPU: full preset, as in the paper
     python search.py --resume --out runs/x2               # go on after an interruption
+    torchrun --nproc-per-node 4 search.py --scale 4 ...   # the same run, each batch split over four GPUs
 
 Weights and architecture learn together (arXiv 2101.06658, section 3.3; first-order, as in DARTS, arXiv 1806.09055): a
 batch from one half of the photographs moves the weights, a batch from the other half moves the logits. Meanwhile
@@ -25,6 +26,7 @@ A run's folder holds settings.json (command line, versions, hardware), history.c
 time), levels.png, architecture.png, architecture.json, network.pt, results.md, and checkpoint.pt for --resume.
 """
 import argparse
+import copy
 import csv
 import io
 import json
@@ -41,6 +43,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
@@ -67,6 +70,9 @@ LOGITS_RATE = 3e-3             # of the logits: Adam with betas (.5, .999), cons
 COST = 0.03                    # weight of the budget term
 ORDER = 1e-3                   # weight of the order term
 SAVE_SECONDS = 60              # a killed run loses at most this much
+# torchrun starts WORLD processes and numbers them. All hold the same weights and logits; each computes its share of a batch,
+# and gradients are averaged. Process 0 alone writes and prints.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 # --- 1. Photographs ------------------------------------------------------------------------------------------------
@@ -101,7 +107,8 @@ def load_photos(folder: str | None, scale: int, patch: int, seed: int) -> list[t
                 raise ValueError(f"{source} is smaller than a patch of {scale * patch}x{scale * patch}")
             return degrade(hr, scale), hr
         except (ValueError, OSError) as error:
-            tqdm.write(f"skipped: {error}", file=sys.stderr)
+            if RANK == 0:
+                tqdm.write(f"skipped: {error}", file=sys.stderr)
 
     if folder is None:
         rng = np.random.default_rng(seed)
@@ -119,40 +126,62 @@ def load_photos(folder: str | None, scale: int, patch: int, seed: int) -> list[t
 class Patches:
     """Random patches from photographs that stay in memory as uint8, on the device where they are needed.
 
-    All chance comes from the generator that `batch` is handed, on the CPU: its state is part of a checkpoint, so a run
-    that is resumed sees the patches it would have seen.
+    pairs: from load_photos; the list is emptied on the way, so that no photograph is held twice.
+    All pixels of all photographs lie in one row, so a batch is cut, turned and mirrored by one gather, whatever their
+    sizes; all a GPU is sent is five numbers a patch. All chance comes from the generator that `batch` is handed, on
+    the CPU: its state is part of a checkpoint, so a run that is resumed sees the patches it would have seen.
     """
 
     def __init__(self, pairs, patch: int, device):
         self.patch, self.scale = patch, pairs[0][1].shape[0] // pairs[0][0].shape[0]
-        self.pairs = [tuple(torch.from_numpy(image).to(device).permute(2, 0, 1) for image in pair) for pair in pairs]
-        self.chances = torch.tensor([float(lr[0].numel()) for lr, _ in self.pairs])    # by area: each pixel alike
+        self.sizes = torch.tensor([lr.shape[:2] for lr, _ in pairs])                # (photographs, 2), of the LR images
+        self.areas = self.sizes.prod(1)
+        self.starts = self.areas.cumsum(0) - self.areas        # where each LR image begins in the row of all pixels
+        self.lr, self.hr = (np.empty((s * s * int(self.areas.sum()), 3), np.uint8) for s in (1, self.scale))
+        for start, area in zip(self.starts.tolist(), self.areas.tolist()):
+            for row, image, s in zip((self.lr, self.hr), pairs.pop(0), (1, self.scale)):
+                row[s * s * start:s * s * (start + area)] = image.reshape(-1, 3)
+        self.lr, self.hr = (torch.from_numpy(row).to(device) for row in (self.lr, self.hr))
+        self.photos = torch.arange(len(self.areas))            # those to draw from
+
+    def only(self, photos: torch.Tensor) -> "Patches":
+        """Patches of these photographs alone, of the same pixels in memory."""
+        part = copy.copy(self)
+        part.photos = photos
+        return part
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """LR (B, 3, patch, patch) and HR (B, 3, scale patch, scale patch) in [0, 1], turned and mirrored at random."""
-        chosen = torch.multinomial(self.chances, size, replacement=True, generator=generator).tolist()
-        places = torch.rand(size, 2, generator=generator).tolist()
-        turns = torch.randint(8, (size,), generator=generator).tolist()
-        batch = [], []
-        for i, (y, x), turn in zip(chosen, places, turns):
-            height, width = self.pairs[i][0].shape[1:]
-            top, left = int(y * (height - self.patch + 1)), int(x * (width - self.patch + 1))
-            for images, image, s in zip(batch, self.pairs[i], (1, self.scale)):
-                cut = image[:, s * top:s * (top + self.patch), s * left:s * (left + self.patch)]   # (3, p, p) uint8
-                cut = torch.rot90(cut, turn % 4, (1, 2))
-                images.append(cut.flip(2) if turn >= 4 else cut)
-        return tuple(torch.stack(images).div(255).contiguous(memory_format=torch.channels_last) for images in batch)
+        """LR (B, 3, patch, patch) and HR (B, 3, scale patch, scale patch) in [0, 1], turned and mirrored at random.
+
+        Of N processes each draws the whole batch and cuts every N-th patch of it: B = size / N.
+        """
+        chances = self.areas[self.photos].double()             # by area: each pixel alike
+        i = self.photos[torch.multinomial(chances, size, replacement=True, generator=generator)]    # (size,)
+        room = self.sizes[i] - self.patch + 1                  # places for a patch's first row and column
+        top, left = (torch.rand(size, 2, generator=generator, dtype=torch.double) * room).long().T
+        turn = torch.randint(8, (size,), generator=generator)
+        numbers = torch.stack([self.starts[i], self.sizes[i, 1], top, left, turn])[:, RANK::WORLD]  # (5, B)
+        if self.lr.is_cuda:                                    # pinned memory is sent without waiting for the GPU
+            numbers = numbers.pin_memory().to(self.lr.device, non_blocking=True)
+        start, width, top, left, turn = numbers[..., None, None]                    # (B, 1, 1) each
+        batch = []
+        for row, s in (self.lr, 1), (self.hr, self.scale):
+            n = s * self.patch
+            y, x = torch.arange(n, device=row.device)[:, None], torch.arange(n, device=row.device)
+            # The eight ways to lay a square on a square: mirror left to right, top to bottom, along the diagonal.
+            x, y = torch.where((turn & 1) > 0, n - 1 - x, x), torch.where((turn & 2) > 0, n - 1 - y, y)
+            x, y = torch.where((turn & 4) > 0, y, x), torch.where((turn & 4) > 0, x, y)                 # (B, n, n)
+            pixels = row[s * s * start + (s * top + y) * (s * width) + s * left + x]                # (B, n, n, 3) uint8
+            batch.append(pixels.permute(0, 3, 1, 2).div(255))  # so stored, this *is* channels_last
+        return tuple(batch)
 
 
-def halves(pairs, generator: torch.Generator):
-    """Two disjoint random halves: one for the weights, one for the logits. A single photograph is cut in two."""
-    if len(pairs) == 1:
-        (lr, hr), = pairs
-        axis = int(lr.shape[1] > lr.shape[0])                  # across the longer side
-        middle, scale = lr.shape[axis] // 2, hr.shape[0] // lr.shape[0]
-        return [[pair] for pair in zip(np.split(lr, [middle], axis), np.split(hr, [scale * middle], axis))]
-    order = torch.randperm(len(pairs), generator=generator).tolist()
-    return [pairs[i] for i in order[::2]], [pairs[i] for i in order[1::2]]
+def cut_in_two(pairs):
+    """The two halves of a single photograph, across its longer side, so that there are two to tell apart."""
+    (lr, hr), = pairs
+    axis = int(lr.shape[1] > lr.shape[0])
+    middle, scale = lr.shape[axis] // 2, hr.shape[0] // lr.shape[0]
+    return list(zip(np.split(lr, [middle], axis), np.split(hr, [scale * middle], axis)))
 
 
 # Why two halves? Were both steps to see the same data, the logits could favour whatever memorises it best. Why random?
@@ -173,6 +202,23 @@ def learning_rate_at(step: int, steps: int) -> float:
 
 
 # --- 3. The loop ---------------------------------------------------------------------------------------------------
+
+def average(tensors: list[torch.Tensor]) -> None:
+    """Replace each tensor by its mean over all processes."""
+    if WORLD > 1:
+        row = torch.cat([tensor.flatten() for tensor in tensors])      # one message instead of hundreds
+        torch.distributed.all_reduce(row)
+        for tensor, mean in zip(tensors, (row / WORLD).split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(mean.view_as(tensor))
+
+
+def heard_by_any(signals: list[int]) -> int:
+    """The largest signal number that any process has caught, 0 if none: all must stop after the same step."""
+    number = torch.tensor(max(signals, default=0))
+    if WORLD > 1:
+        torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+    return int(number)
+
 
 class Run:
     """One search from the first step to the last.
@@ -198,20 +244,23 @@ class Run:
         # Logits want other steps than weights: larger, since only their differences count and they must decide within the
         # search; and with less momentum (beta1 = .5), since every batch judges the candidates anew.
         logits = self.supernet.logits()
-        self.logits_optimiser = torch.optim.Adam(logits, lr=LOGITS_RATE, betas=(0.5, 0.999))
+        self.logits_optimiser = torch.optim.Adam(logits, lr=LOGITS_RATE, betas=(0.5, 0.999), fused=True)
         self.optimiser = self.adam(p for p in self.supernet.parameters() if not any(p is l for l in logits))
         self.network = None                                            # the found one, once the supernet has melted
 
     def adam(self, parameters):
-        return torch.optim.Adam(parameters, lr=LEARNING_RATE, betas=(0.9, 0.99), fused=self.device.type == "cuda")
+        return torch.optim.Adam(parameters, lr=LEARNING_RATE, betas=(0.9, 0.99), fused=True)
 
     def load_data(self):
         s = self.settings
         pairs = load_photos(s.data, s.scale, s.patch, s.seed)
-        a, b = halves(pairs, torch.Generator().manual_seed(s.seed))
-        if min(side for lr, _ in a + b for side in lr.shape[:2]) < s.patch:
-            raise ValueError(f"{s.data}: the only photograph is too small to be cut in two; add one or lower --patch")
-        self.half_a, self.half_b, self.whole = (Patches(part, s.patch, self.device) for part in (a, b, pairs))
+        if len(pairs) == 1:
+            pairs = cut_in_two(pairs)
+            if min(side for lr, _ in pairs for side in lr.shape[:2]) < s.patch:
+                raise ValueError(f"{s.data}: the only photograph is too small to be cut in two; add one or lower --patch")
+        self.whole = Patches(pairs, s.patch, self.device)
+        order = torch.randperm(len(self.whole.areas), generator=torch.Generator().manual_seed(s.seed))
+        self.half_a, self.half_b = self.whole.only(order[::2]), self.whole.only(order[1::2])
 
     def loss(self, model, patches: Patches, *weights) -> torch.Tensor:
         """L1 between the model's output on one batch and the truth (L1 rather than L2: Lim et al., arXiv 1707.02921)."""
@@ -223,37 +272,36 @@ class Run:
     def search_step(self, progress: float) -> tuple[torch.Tensor, Weights, torch.Tensor]:
         """The supernet: its weights learn from one half of the photographs, its logits from the other."""
         s, net = self.settings, self.supernet
+        weights = net.weights(progress)
+        live = net.read(weights)                                       # the only time in a step that a GPU is waited for
         # a. The weights, under the architecture as it stands.
-        with torch.no_grad():
-            weights = net.weights(progress)
-        self.optimiser.zero_grad()
-        loss = self.loss(net, self.half_a, weights)
-        loss.backward()
-        self.optimiser.step()
+        fixed = Weights(*(w.detach() for w in weights))
+        loss = self.descend(self.optimiser, self.loss(net, self.half_a, fixed, live))
         # b. The architecture, under the weights as they stand. The target lies midway between the least and the most
         #    that the budget allows; the log makes twice too much and half too little equally bad, at any budget.
-        weights = net.weights(progress)
         cost = net.multiply_adds(weights)
         off_target = torch.log(net.exit_costs(weights) / ((1 + LEAST) / 2 * s.budget)).float()     # (nodes,)
         #    In the end not this mean over networks counts but the network that would be found if the search stopped now.
         #    Its cost has no slope, so it shifts the value, the more the nearer the end; the slope remains the mean's.
         with torch.no_grad():
             shift = progress * torch.log(net.multiply_adds(net.weights(1.0)) / cost).float()
-        off_target = off_target + shift
-        total = (self.loss(net, self.half_b, weights) + COST * (weights.gamma * off_target ** 2).sum()
-                 + ORDER * net.order_loss(weights))
-        self.logits_optimiser.zero_grad()
-        total.backward(inputs=net.logits())                            # convolution kernels get no gradient here
-        self.logits_optimiser.step()
-        return loss.detach(), Weights(*(w.detach() for w in weights)), cost.detach()
+        penalty = (COST * (weights.gamma * (off_target + shift) ** 2).sum() + ORDER * net.order_loss(weights))
+        self.descend(self.logits_optimiser, self.loss(net, self.half_b, weights, live) + penalty)
+        return loss, fixed, cost.detach()
 
     def training_step(self) -> torch.Tensor:
         """The found network, on all photographs."""
-        self.optimiser.zero_grad()
-        loss = self.loss(self.network, self.whole)
-        loss.backward()
-        self.optimiser.step()
-        return loss.detach()
+        return self.descend(self.optimiser, self.loss(self.network, self.whole))
+
+    def descend(self, optimiser, loss: torch.Tensor) -> torch.Tensor:
+        """One step down the slope of `loss`, for the optimiser's parameters only; returns the loss, detached."""
+        optimiser.zero_grad()
+        parameters = optimiser.param_groups[0]["params"]
+        loss.backward(inputs=parameters)                               # no gradient for what does not move
+        loss = loss.detach()
+        average([p.grad for p in parameters if p.grad is not None] + [loss])
+        optimiser.step()
+        return loss
 
     def hand_over(self):
         """The supernet has melted: the one network left walks out, with its weights and with Adam's memory of them."""
@@ -283,12 +331,12 @@ class Run:
         every_snapshot, every_row = max(1, s.search // 200), max(1, s.steps // 400)
         # A signal may come in the middle of a step, with half of the weights updated. It is only noted, and heeded after
         # the step; that is why stopping and resuming changes no bit.
-        stop = []
-        handlers = {n: signal.signal(n, lambda n, _: stop.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
-        bar = tqdm(total=s.steps, initial=self.step, desc=f"x{s.scale}", unit="step", dynamic_ncols=True,
+        caught = []
+        handlers = {n: signal.signal(n, lambda n, _: caught.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
+        bar = tqdm(total=s.steps, initial=self.step, desc=f"x{s.scale}", unit="step", dynamic_ncols=True, disable=RANK > 0,
                    mininterval=0.1 if sys.stderr.isatty() else 30)     # a log file wants few lines
         last = saved = time.perf_counter()
-        while self.step < s.steps and not stop:
+        while self.step < s.steps and not (stopped := heard_by_any(caught)):
             # 1. Where are we in the schedules?
             progress = progress_at(self.step, s.search)
             for group in self.optimiser.param_groups:
@@ -329,16 +377,19 @@ class Run:
         self.save()
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        if stop:
-            print(f"interrupted at step {self.step}; go on with: python search.py --resume --out "
-                  f"{shlex.quote(str(self.out))}", file=sys.stderr)
-            sys.exit(128 + stop[0])
+        if self.step < s.steps:
+            if RANK == 0:
+                print(f"interrupted at step {self.step}; go on with: python search.py --resume --out "
+                      f"{shlex.quote(str(self.out))}", file=sys.stderr)
+            sys.exit(128 + stopped)
 
     # --- Checkpoints. Tensors, numbers and strings only: such a file loads with weights_only=True, that is, loading it
     # cannot run anybody's code. Beside weights and moments it holds the state of each random generator. ---
     PLAIN = "step", "seconds", "recent", "history", "hand_over_report"
 
     def save(self):
+        if RANK > 0:
+            return
         state = {name: getattr(self, name) for name in self.PLAIN} | dict(
             sum=self.sum and tuple(self.sum), snapshots=[(step, tuple(weights)) for step, weights in self.snapshots],
             random=[self.generator.get_state(), torch.get_rng_state()], optimiser=self.optimiser.state_dict())
@@ -503,6 +554,8 @@ def settings_of(args: argparse.Namespace) -> tuple[argparse.Namespace, Path]:
     settings |= PRESETS[preset] | given
     if isinstance(settings["budget"], dict):
         settings["budget"] = settings["budget"][settings["scale"]]
+    if settings["batch"] % WORLD:
+        raise ValueError(f"--batch {settings['batch']} cannot be split evenly over {WORLD} processes")
     if settings["search"] >= settings["steps"]:
         raise ValueError(f"--steps {settings['steps']} must be more than --search {settings['search']}, its first part")
     return argparse.Namespace(**settings), out
@@ -521,20 +574,29 @@ def main(argv=None):
     try:
         settings, out = settings_of(args)
         try:
+            if WORLD > 1:
+                torch.distributed.init_process_group()
+                if settings.device == "cuda":
+                    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             torch.empty(1, device=settings.device)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"--device {settings.device} does not work here: {str(error).splitlines()[0]}") from None
         run = Run(settings, out)
         run.load_data()
+        if WORLD > 1:
+            torch.distributed.barrier()                                # nobody writes before all have found --out empty
         if args.resume:
             run.load()
-        else:
+        elif RANK == 0:
             out.mkdir(parents=True, exist_ok=True)
             text = json.dumps(describe(settings), indent=1) + "\n"
             write_whole(out / "settings.json", lambda path: path.write_text(text))
             run.save()                                                 # from here on there is something to resume
         run.run()
-        run.finish()
+        if RANK == 0:
+            run.finish()
+        if WORLD > 1:
+            torch.distributed.destroy_process_group()
     except (ValueError, OSError) as error:
         parser.exit(2, f"search.py: error: {error}\n")
 

@@ -178,13 +178,16 @@ def _project(z, radius2, dtype):
 
     # The chosen face: its centre plus a step along q. All of q is computed afresh, without cumulative rounding.
     m = support.sum(-1, keepdim=True)                                   # (..., 1)
-    q_norm = _centred(x, support).norm(dim=-1, keepdim=True)            # (..., 1)
-    x = torch.where(q_norm > floor, x, first)                           # equal survivors: towards the first
-    q = _centred(x, support)
-    step = torch.maximum(rho(m), q_norm) / q.norm(dim=-1, keepdim=True).clamp(min=floor)
-    p = (support / m + step * q).clamp(min=0)                           # (..., K)
+    rho_m = rho(m)                                                      # (..., 1)
+    q = _centred(x, support)                                            # (..., K)
+    q_norm = q.norm(dim=-1, keepdim=True)                               # (..., 1)
+    equal = q_norm <= floor                                             # survivors that point nowhere: towards the first
+    x, q = torch.where(equal, first, x), torch.where(equal, first - support / m, q)
+    p = support / m + q * (torch.maximum(rho_m, q_norm) / q.norm(dim=-1, keepdim=True).clamp(min=floor))
     closed = radius2 >= 1 - 1 / allowed         # at the circumradius, or past it: a corner to the last bit
-    p = torch.where(closed, first, p)
+    p = torch.where(closed, first, p.clamp(min=0))                      # (..., K)
+    if not torch.is_grad_enabled():
+        return p
 
     # The Jacobian, J. `nudge` is zero, but autograd sees z in it: the value stays p, and the gradient becomes J g.
     live = (p > 0).to(z.dtype)
@@ -192,9 +195,9 @@ def _project(z, radius2, dtype):
     n = n / n.norm(dim=-1, keepdim=True).clamp(min=floor)               # (..., K), unit length
     nudge = _centred(z - z.detach(), live)                              # I - 11'/m
     nn = n * (n * nudge).sum(-1, keepdim=True)                          # nn'
-    gain = rho(m) / q_norm.clamp(min=torch.finfo(dtype).eps)
+    gain = rho_m / q_norm.clamp(min=torch.finfo(dtype).eps)
     gain = gain * (live.sum(-1, keepdim=True) > 2)                      # two survivors: locked, to the last bit
-    on_sphere = rho(m) > q_norm
+    on_sphere = rho_m > q_norm
     return p + torch.where(on_sphere, gain, 1.0) * (nudge - on_sphere * nn)
 
 

@@ -45,9 +45,17 @@ from search_space import (OPERATIONS, OUTPUT_PIXELS, Architecture, Network, Spac
 from sparsestmax import sparsestmax
 
 
-# The network level runs through its schedule this much faster than the others. Nearly all the work of a dense supernet
-# is in paths that will be dropped, and the operations of a cell are better chosen once it is known on whose path it lies.
-LEAD = 2.0
+# Each level has its own way through `progress`, all of them from 0 to 1. Nearly all the work of a dense supernet is in
+# paths that will be dropped, and the operations of a cell are better chosen once it is known on whose path it lies: so
+# the network level is LEAD times as fast as the others. They, in turn, leave out what would be idle. The ball drops nobody
+# while it is inside the simplex, below 1/(K-1) = .33 for four operations and .25 for five widths: they begin at START.
+LEAD, START = 4.0, 0.3
+
+
+def schedule(progress: float) -> tuple[float, float, float]:
+    """Progress of the search -> progress of each level: network, cell, kernel."""
+    inner = START + (1 - START) * progress if progress > 0 else 0.0
+    return min(1.0, LEAD * progress), inner, inner
 
 
 class Weights(NamedTuple):
@@ -61,7 +69,7 @@ class Weights(NamedTuple):
 
 def decided(values: np.ndarray) -> bool:
     """Are all these weights 0 or 1? Then nothing needs weighing. (NaN, the mark of a dense evaluation: no.)"""
-    return bool(np.isin(values, (0.0, 1.0)).all())
+    return ((values == 0) | (values == 1)).all()               # np.isin would take ten times as long
 
 
 class Side(NamedTuple):
@@ -133,12 +141,12 @@ class MixedCell(nn.Module):
         """
         y = x
         for i, position in enumerate(self.ops):
-            inner, outer, mixture = sides[i], sides[i + 1], 0.0
+            inner, outer, terms = sides[i], sides[i + 1], []
             for k, (name, op) in enumerate(position.items()):
                 if alpha_values[i, k] != 0:                    # a dead operation costs nothing
                     z = mixed_operation(name, op, y, inner, outer, agreements[i])
-                    mixture = mixture + (z if decided(alpha_values[i]) else alpha[i, k] * z)    # (B, outer.live, H, W)
-            y = outer.masked(mixture)
+                    terms.append(z if decided(alpha_values[i]) else alpha[i, k] * z)            # (B, outer.live, H, W)
+            y = outer.masked(sum(terms[1:], terms[0]))         # sum(terms) would begin by adding 0 to all of it
         return x + 0.2 * y
 
 
@@ -195,8 +203,7 @@ class Supernet(nn.Module):
     def weights(self, progress: float) -> Weights:
         """THE place where logits become weights. Forward pass, derivation, cost, logs and plots all read its result."""
         gamma = self.gamma.masked_fill(~self.allowed, -torch.inf)                   # -inf: weight exactly 0
-        schedule = min(1.0, LEAD * progress), progress, progress
-        return Weights(*map(self.activation, (gamma, self.alpha, self.beta), schedule))
+        return Weights(*map(self.activation, (gamma, self.alpha, self.beta), schedule(progress)))
 
     def with_ends(self, beta):
         """(cells, positions - 1, widths) -> (cells, positions + 1, widths): a cell's two ends have the full width."""
@@ -204,25 +211,31 @@ class Supernet(nn.Module):
         end[..., -1] = 1
         return torch.cat([end, beta, end], 1)
 
-    def forward(self, x: torch.Tensor, weights: Weights, dense: bool = False) -> torch.Tensor:
+    def read(self, weights: Weights, dense: bool = False) -> Weights:
+        """The weights as plain numbers (numpy; beta with a cell's ends), by which Python decides what to skip.
+
+        A GPU is waited for here and nowhere else in a step. dense: all NaN, which is neither 0 nor 1, so that nothing is
+        skipped or shortened; for activations whose zeros have a gradient, and for tests and benchmarks.
+        """
+        parts = weights.gamma, weights.alpha, self.with_ends(weights.beta)
+        numbers = torch.cat([w.detach().flatten() for w in parts]).cpu().numpy()                # one transfer for all
+        if dense or getattr(self.activation, "dense", False):
+            numbers = np.full_like(numbers, np.nan)
+        return Weights(*(n.reshape(w.shape) for n, w in zip(np.split(numbers, np.cumsum([w.numel() for w in parts])), parts)))
+
+    def forward(self, x: torch.Tensor, weights: Weights, live: Weights | None = None) -> torch.Tensor:
         """(B, 3, h, w) -> (B, 3, scale h, scale w): the weighted sum of all exits.
 
-        weights: from `weights(progress)`. dense: compute what has weight zero too; only tests and benchmarks want that.
+        weights: from `weights(progress)`. live: from `read(weights)`, which is called if it is None.
         """
         space, nodes = self.space, self.space.nodes
         beta = self.with_ends(weights.beta)                                         # (cells, positions + 1, widths)
         masks = (beta[..., None] * self.steps).sum(-2)         # (cells, positions + 1, nf); @ would be cast by autocast
         agree = (beta[:, :-1] * beta[:, 1:]).sum(-1)                                # (cells, positions)
-        # What to skip is decided by Python, so the weights must reach it: one transfer for all, the only one of a step.
-        flat = torch.cat([w.detach().flatten() for w in (weights.gamma, weights.alpha, beta)]).cpu().numpy()
-        gamma_v, alpha_v, beta_v = np.split(flat, np.cumsum([weights.gamma.numel(), weights.alpha.numel()]))
-        alpha_v, beta_v = alpha_v.reshape(weights.alpha.shape), beta_v.reshape(beta.shape)
-        if dense or getattr(self.activation, "dense", False):  # NaN is neither 0 nor 1: nothing is skipped or shortened
-            gamma_v, alpha_v, beta_v = (np.full_like(v, np.nan) for v in (gamma_v, alpha_v, beta_v))
-
+        gamma_v, alpha_v, beta_v = live or self.read(weights)
         needed = {exit[:i] for exit, g in zip(nodes, gamma_v) if g != 0 for i in range(1, len(exit) + 1)}
         trail = [self.head(x)] + [None] * max(map(len, nodes))                      # features on the way to a node
-        out = 0.0
+        images = []                                            # of the live exits
         for i, node in enumerate(nodes):                       # in preorder: trail[depth - 1] is the parent's
             if node not in needed:
                 continue                                       # no live exit here or below
@@ -234,7 +247,7 @@ class Supernet(nn.Module):
                 sides = [Side(m, v, space.widths[np.flatnonzero(v)[-1]]) for m, v in zip(masks[c], beta_v[c])]
                 arguments = h, weights.alpha[c], alpha_v[c], sides, agree[c]
                 if self.recompute and torch.is_grad_enabled() and not decided(alpha_v[c]):
-                    h = checkpoint(self.body[node], *arguments, use_reentrant=False)
+                    h = checkpoint(self.body[node], *arguments, use_reentrant=False, preserve_rng_state=False)
                 else:
                     h = self.body[node](*arguments)
             trail[len(node)] = h
@@ -242,7 +255,8 @@ class Supernet(nn.Module):
                 y = self.tails[node](h)                                             # (B, 3, scale h, scale w)
                 if space.output == "tanh":
                     y = (torch.tanh(y) + 1) / 2
-                out = out + (y if decided(gamma_v) else weights.gamma[i] * y)
+                images.append(y if decided(gamma_v) else weights.gamma[i] * y)
+        out = sum(images[1:], images[0])
         return out if space.output == "tanh" else out + enlarge(x, space.scale)     # sum_i gamma_i = 1: the base once
 
     # --- What the search adds to the loss --------------------------------------------------------------------------

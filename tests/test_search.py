@@ -1,10 +1,12 @@
 """The loop end to end at toy size: what a run leaves behind, that it keeps its budget, that resuming changes no bit."""
 import csv
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -166,13 +168,36 @@ def test_logits_get_no_weight_gradient_and_weights_no_logit_gradient(photos, tmp
     assert not logits & {id(p) for group in made.optimiser.param_groups for p in group["params"]}
 
 
-def test_halves_are_disjoint_and_complete(photos):
-    pairs = search.load_photos(str(photos), 2, 8, 0)
-    a, b = search.halves(pairs, torch.Generator().manual_seed(0))
-    assert len(a) == len(b) == 2 and {id(p[0]) for p in a + b} == {id(p[0]) for p in pairs}
-    (a, b), whole = search.halves(pairs[:1], torch.Generator()), pairs[0]
+def test_halves_are_disjoint_and_complete(photos, tmp_path):
+    made = make_run(photos, tmp_path)
+    a, b = made.half_a.photos.tolist(), made.half_b.photos.tolist()
+    assert sorted(a + b) == made.whole.photos.tolist() == [0, 1, 2, 3] and len(a) == len(b) == 2
+    assert made.half_a.lr is made.whole.lr                     # the pixels are in memory once
+    whole, = search.load_photos(str(photos), 2, 8, 0)[:1]
+    a, b = search.cut_in_two([whole])
     for i in (0, 1):                                           # LR, HR
-        assert np.array_equal(np.concatenate([a[0][i], b[0][i]]), whole[i])
+        assert np.array_equal(np.concatenate([a[i], b[i]]), whole[i])
+
+
+def test_patches_come_from_the_right_photograph_and_place():
+    """Every pixel holds its own address, so a patch says where it was cut."""
+    address = np.stack(np.meshgrid(np.arange(2), np.arange(40), np.arange(30), indexing="ij"), -1).astype(np.uint8)
+    sizes = (12, 30), (40, 9)                                  # one wide, one tall
+    pairs = [(lr, lr.repeat(2, 0).repeat(2, 1)) for lr in (address[i, :h, :w] for i, (h, w) in enumerate(sizes))]
+    patches = search.Patches(pairs, 8, "cpu")
+    assert not pairs                                           # moved, not copied
+    seen = set()
+    for photo in [0], [1], [0, 1]:
+        x, _ = patches.only(torch.tensor(photo)).batch(1500, torch.Generator().manual_seed(0))
+        where = (x * 255).round().long().permute(0, 2, 3, 1)   # (B, 8, 8, 3): photograph, row, column
+        assert set(where[..., 0].flatten().tolist()) == set(photo)
+        for patch in where:
+            i, (top, left) = patch[0, 0, 0].item(), patch.amin((0, 1))[1:].tolist()
+            h, w = sizes[i]
+            assert (patch[..., 0] == i).all() and top + 8 <= h and left + 8 <= w
+            assert len(patch.flatten(0, 1).unique(dim=0)) == 64 and patch.amax((0, 1))[1:].tolist() == [top + 7, left + 7]
+            seen.add((i, top, left))
+    assert len(seen) == (12 - 7) * (30 - 7) + (40 - 7) * (9 - 7)       # every place comes up
 
 
 @pytest.mark.parametrize("scale", [2, 3, 4])
@@ -257,3 +282,50 @@ def test_resuming_with_other_settings_is_refused(tmp_path, photos, capsys):
 def test_runs_on_cuda(tmp_path, photos):
     out = run(tmp_path / "a", "--device", "cuda", "--preset", "full", "--data", photos, "--budget", "2G")
     assert (out / "network.pt").exists()
+
+
+def test_two_processes_are_one_with_twice_their_share(tmp_path, photos):
+    """torchrun splits the batch: the same losses and the same network as one process that takes all of it."""
+    options = [*TINY, "--batch", "4", "--steps", "56", "--search", "50", "--data", str(photos), "--budget", "2G"]
+    folder = Path(search.__file__).parent
+    for name, launcher in ("one", [sys.executable]), ("two", [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                                             "--nproc-per-node", "2"]):
+        result = subprocess.run([*launcher, "search.py", *options, "--out", str(tmp_path / name)], cwd=folder, text=True,
+                                capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("Hand-over") == 1           # process 0 alone speaks and writes
+    one, two = (list(csv.DictReader((tmp_path / name / "history.csv").open())) for name in ("one", "two"))
+    assert len(one) == len(two) == 56
+    for a, b in zip(one, two):
+        assert float(a["loss"]) == pytest.approx(float(b["loss"]), abs=1e-5)
+    assert (tmp_path / "one/architecture.json").read_text() == (tmp_path / "two/architecture.json").read_text()
+    one, two = (np.load(tmp_path / name / "distributions.npz") for name in ("one", "two"))
+    for key in one:
+        np.testing.assert_allclose(one[key], two[key], atol=1e-5)
+
+
+def test_a_batch_that_cannot_be_split_is_refused(tmp_path, photos, monkeypatch):
+    monkeypatch.setattr(search, "WORLD", 3)
+    args = search.arguments().parse_args([*TINY, "--batch", "4", "--out", str(tmp_path / "r")])
+    with pytest.raises(ValueError, match="--batch 4 cannot be split evenly over 3"):
+        search.settings_of(args)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_step_waits_for_the_gpu_once_at_most(photos, tmp_path):
+    made = make_run(photos, tmp_path, device="cuda", bfloat16=True)
+    made.search_step(0.5)                                      # first calls set things up, and may wait
+    waits = []
+    for step in (lambda: made.search_step(0.5)), made.training_step:
+        if step == made.training_step:
+            made.hand_over()
+            step()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        waits.append(sum("synchronizing CUDA operation" in str(warning.message) for warning in caught))
+    assert waits[0] <= 1 and waits[1] == 0

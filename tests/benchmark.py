@@ -1,0 +1,232 @@
+"""What a search costs: time and memory, side by side in one process.
+
+    python tests/benchmark.py                             # step times, memory, sparsestmax: a few minutes on a laptop
+    python tests/benchmark.py --whole                     # and a whole run against training its network alone
+    python tests/benchmark.py --preset full --scale 4 --patch 32 --rounds 1     # the full space; minutes a step on a CPU
+
+Times are medians with the quartiles in brackets. Contenders take turns within each round, so that a slow minute of the
+machine slows all of them, and ratios are taken within the table. The table, with versions and hardware, is saved to --out.
+"""
+import argparse
+import ctypes
+import json
+import os
+import platform
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import search
+from evaluate import degrade, write_whole
+from search_space import OPERATIONS, Network
+from sparsestmax import sparsestmax
+
+PROGRESS = 0.0, 0.25, 0.5, 0.75, 1.0
+
+
+def synchronize():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def race(contenders: dict, rounds: int) -> dict:
+    """Call each contender once a round; -> seconds, name: (rounds,) array. Round 0 warms up and is not counted."""
+    seconds = {name: [] for name in contenders}
+    for i in range(rounds + 1):
+        for name, contender in contenders.items():
+            synchronize()
+            start = time.perf_counter()
+            contender()
+            synchronize()
+            if i:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: np.array(s) for name, s in seconds.items()}
+
+
+def in_words(seconds: np.ndarray, against: np.ndarray) -> str:
+    low, middle, high = np.quantile(seconds, (0.25, 0.5, 0.75)) * 1e3
+    return f"{middle:.4g} ms | {low:.4g} to {high:.4g} | {middle / np.median(against) / 1e3:.2f}"
+
+
+def peak_memory(action) -> float:
+    """Bytes that `action` needed at its peak above what was there before; NaN where the system does not tell."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        action()
+        return torch.cuda.max_memory_allocated() - before
+    try:                                                       # Linux: a high-water mark that can be set back
+        ctypes.CDLL(None).malloc_trim(0)                       # hand back what earlier actions left behind
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError):
+        return float("nan")
+
+    def resident(field):
+        line, = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+        return int(line.split()[1]) * 1024
+    before = resident("VmRSS:")
+    action()
+    return resident("VmHWM:") - before
+
+
+# --- Runs ----------------------------------------------------------------------------------------------------------
+
+def make_run(settings, pairs) -> search.Run:
+    """A Run on generated pictures whose supernet leans a little towards one network within the budget, as in a search."""
+    run = search.Run(settings, Path("unused"))
+    run.whole = search.Patches(list(pairs), settings.patch, run.device)
+    run.half_a = run.half_b = run.whole
+    run.save = lambda: None
+    net, least = run.supernet, search.LEAST * settings.budget
+    a = net.derive(net.weights(1.0), (least, settings.budget))
+    cells = [a.path[:i + 1] for i, letter in enumerate(a.path) if letter == "c"]
+    with torch.no_grad():
+        net.gamma[net.space.nodes.index(a.path)] += 0.02
+        for cell, names, widths in zip(cells, a.operations, a.widths):
+            for position, name in enumerate(names):
+                net.alpha[net.cell_of[cell], position, list(OPERATIONS).index(name)] += 0.02
+            for position, width in enumerate(widths):
+                net.beta[net.cell_of[cell], position, net.space.widths.index(width)] += 0.02
+    return run
+
+
+def become_network(run, architecture=None):
+    """Hand over at once, to `architecture` if it is given: then `run` only trains."""
+    run.hand_over()
+    if architecture:
+        run.network = Network(architecture).to(run.device, memory_format=torch.channels_last)
+        run.optimiser = run.adam(run.network.parameters())
+    return run
+
+
+def weights_half(run, progress, dense=False):
+    """The half of a search step that trains the weights: what a step of the lone network is to be compared with."""
+    net = run.supernet
+    with torch.no_grad():
+        weights = net.weights(progress)
+    run.descend(run.optimiser, run.loss(net, run.whole, weights, net.read(weights, dense)))
+
+
+def whole_step(run, progress, dense=False):
+    """A step of the search: weights, then logits."""
+    net = run.supernet
+    if dense:
+        read, net.read = net.read, partial(net.read, dense=True)
+    run.search_step(progress)
+    if dense:
+        net.read = read
+
+
+def step_times(settings, pairs, rounds):
+    run, lone = make_run(settings, pairs), become_network(make_run(settings, pairs))
+    everything = make_run(argparse.Namespace(**vars(settings) | dict(budget=settings.budget)), pairs)
+    everything.supernet.allowed.fill_(True)
+    contenders = {"derived network, a training step": lone.training_step}
+    for name, step in ("weights only", weights_half), ("whole step", whole_step):
+        contenders[f"dense, {name}"] = partial(step, run, 0.0, True)
+        contenders |= {f"ours at progress {p}, {name}": partial(step, run, p) for p in PROGRESS}
+    seconds = race(contenders, rounds)
+    rows = ["| step | median | quartiles | x derived network | x dense |", "|---|---:|---:|---:|---:|"]
+    for name, s in seconds.items():
+        dense = seconds["dense, whole step" if "whole" in name else "dense, weights only"]
+        rows.append(f"| {name} | {in_words(s, seconds['derived network, a training step'])} | "
+                    f"{np.median(s) / np.median(dense):.2f} |")
+    live = {p: search.live_choices(run.supernet.weights(p)) for p in PROGRESS}
+    rows.append("\nAlive (exits, operations, widths): " + "; ".join(
+        f"{p}: {e}, {o:.1f}, {w:.1f}" for p, (e, o, w) in live.items()) + ".")
+    return rows
+
+
+def memory(settings, pairs):
+    rows = ["| step | peak memory above the model's own |", "|---|---:|"]
+    run, lone = make_run(settings, pairs), become_network(make_run(settings, pairs))
+    run.search_step(1.0)                                       # gradients and moments of weights are there by now
+    contenders = {"dense, whole step": partial(whole_step, run, 0.0, True)}
+    contenders |= {f"ours at progress {p}, whole step": partial(whole_step, run, p) for p in PROGRESS}
+    contenders["derived network, a training step"] = lone.training_step
+    for name, action in contenders.items():
+        rows.append(f"| {name} | {peak_memory(action) / 2**20:,.0f} MiB |")
+    own = sum(p.numel() * p.element_size() for p in run.supernet.parameters())
+    return rows + [f"\nThe supernet's parameters take {own / 2**20:.1f} MiB, with gradients and Adam's moments four times that."]
+
+
+def whole_run(settings, pairs):
+    run = make_run(settings, pairs)
+    torch.manual_seed(settings.seed)
+    for logits in run.supernet.logits():                       # no leaning: a search as search.py does it
+        torch.nn.init.normal_(logits, std=1e-3)
+    run.run()
+    alone = become_network(make_run(argparse.Namespace(**vars(settings) | dict(search=0)), pairs), run.network.architecture)
+    alone.run()
+    together, training = sum(run.seconds.values()), alone.seconds["training"]
+    return ["| run | seconds | x training alone |", "|---|---:|---:|",
+            f"| {settings.search} steps of search | {run.seconds['search']:.1f} | |",
+            f"| {settings.steps - settings.search} steps of training | {run.seconds['training']:.1f} | |",
+            f"| search and training | {together:.1f} | {together / training:.2f} |",
+            f"| {settings.steps} steps of training the found network alone | {training:.1f} | 1 |"]
+
+
+# --- The map -------------------------------------------------------------------------------------------------------
+
+def maps(rounds, device):
+    rows = ["| forward + backward | shape | median | quartiles | x torch.softmax |", "|---|---|---:|---:|---:|"]
+    candidates = {"torch.softmax": lambda z: z.softmax(-1), "sparsestmax at .5": lambda z: sparsestmax(z, 0.5),
+                  "sparsestmax at .5, row by row": lambda z: torch.stack([sparsestmax(row, 0.5) for row in z])}
+    try:
+        from entmax import sparsemax
+        candidates["entmax.sparsemax"] = lambda z: sparsemax(z, -1)
+    except ImportError:
+        rows.append("| entmax.sparsemax | is not installed | | | |")
+    for shape in (4096, 64), (175, 4):
+        z = torch.randn(shape, device=device, requires_grad=True)
+        g = torch.randn(shape, device=device)
+        row_by_row = {name: lambda f=f: f(z).backward(g) for name, f in candidates.items() if "row by" in name}
+        seconds = race({name: lambda f=f: f(z).backward(g) for name, f in candidates.items() if "row by" not in name}, 5 * rounds)
+        seconds |= race(row_by_row, min(rounds, 3))            # it takes a second
+        for name, s in seconds.items():
+            rows.append(f"| {name} | {shape} | {in_words(s, seconds['torch.softmax'])} |")
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--whole", action="store_true", help="also a whole run, and the training of its network alone")
+    parser.add_argument("--rounds", type=search.positive, default=10)
+    parser.add_argument("--parts", nargs="+", choices=("steps", "memory", "maps"), default=["steps", "memory", "maps"])
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmark.md"))
+    args, rest = parser.parse_known_args()
+    settings, _ = search.settings_of(search.arguments().parse_args([*rest, "--out", "runs/never written"]))
+    rng = np.random.default_rng(0)
+    pictures = [search.dead_leaves(max(256, settings.scale * settings.patch), rng) for _ in range(8)]
+    pictures = [picture[:len(picture) // settings.scale * settings.scale, :len(picture) // settings.scale * settings.scale]
+                for picture in pictures]
+    pairs = [(degrade(hr, settings.scale), hr) for hr in pictures]
+    s = vars(settings)
+    report = [f"# x{s['scale']}, {s['channels']} channels, {s['cells']} cells of {s['positions']}, {s['batch']} patches of "
+              f"{s['patch']}x{s['patch']}, budget {s['budget'] / 1e9:g}G, {'bfloat16' if s['bfloat16'] else 'float32'}\n",
+              f"Python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
+              f"{search.describe(settings)['hardware']} ({processor()}), {args.rounds} rounds.\n"]
+    for name, part in ("steps", lambda: step_times(settings, pairs, args.rounds)), ("memory", lambda: memory(settings, pairs)), \
+            ("maps", lambda: maps(args.rounds, settings.device)):
+        if name in args.parts:
+            report += [f"\n## {name}\n", *part()]
+    if args.whole:
+        report += ["\n## whole\n", *whole_run(settings, pairs)]
+    text = "\n".join(report) + "\n"
+    print(text)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(args.out, lambda path: path.write_text(text))
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
+
+
+if __name__ == "__main__":
+    main()
