@@ -25,12 +25,14 @@ B100    29.56   27.21   25.96
 
 Commands, all of them for a laptop's CPU (RUN is a folder that search.py has written):
 
-    python evaluate.py RUN --benchmark data/Set5 data/Set14   # a Markdown table for each; crops_Set5.png, ... into RUN
+    python evaluate.py RUN --benchmark data/Set5 data/Set14   # a Markdown table for each; also benchmark.json
+                                                              # and crops_Set5.png, ... in RUN
     python evaluate.py RUN --benchmark data                   # the same for all sets in data (data/Set5/HR, ...)
     python evaluate.py RUN --upscale photo.jpg -o large.png   # enlarge your own picture, of any size
 """
 
 import argparse
+import json
 import math
 import os
 from fractions import Fraction
@@ -351,21 +353,51 @@ def save_crops(path, photos, bicubic, ours, scale, side=96):
     write_whole(path, figure.savefig)
 
 
+# Published networks: thousands of parameters, 1e9 multiply-adds for a 1280x720 output, PSNR-Y on Set5, Set14, B100. All were
+# trained on DIV2K or more, most of them for days. Sources: arXiv 1608.00367 (FSRCNN), 1901.01074 (MoreMNAS), 2010.01073
+# (PAN), 2302.13800 (SAFMN), 1909.11856 (IMDN), 1901.07261 (FALSR); DLSR (2105.03939) is measured from its released weights.
+PUBLISHED = {
+    2: {"FSRCNN": (12, 6.0, 37.00, 32.63, 31.53), "MoreMNAS-C": (25, 5.5, 37.06, 32.75, 31.50),
+        "DLSR tiny": (56, 12.1, 37.71, 33.26, 31.98), "PAN": (261, 71, 38.00, 33.59, 32.18),
+        "SAFMN": (228, 52, 38.00, 33.54, 32.16), "DLSR": (328, 68, 38.04, 33.62, 32.23),
+        "IMDN": (694, 159, 38.00, 33.63, 32.19), "FALSR-A": (1021, 235, 37.82, 33.55, 32.12)},
+    3: {"SAFMN": (233, 23, 34.34, 30.33, 29.08), "PAN": (261, 39, 34.40, 30.36, 29.11), "IMDN": (703, 72, 34.36, 30.32, 29.09)},
+    4: {"FSRCNN": (12, 4.6, 30.71, 27.59, 26.98), "SAFMN": (240, 14, 32.18, 28.60, 27.58),
+        "PAN": (272, 28, 32.13, 28.61, 27.59), "IMDN": (715, 41, 32.21, 28.58, 27.56)}}
+
+
+def draw_field(axis, scale, ours, against="multiply-adds"):
+    """PSNR-Y on Set5 against cost, among published networks. ours: {name: (thousands of parameters, 1e9 multiply-adds, dB)}."""
+    column = ("parameters", "multiply-adds").index(against)
+    for points, marker, colour in (PUBLISHED[scale], "o", "#999999"), (ours, "*", "#D55E00"):
+        for i, (name, numbers) in enumerate(sorted(points.items(), key=lambda point: point[1][column])):
+            axis.plot(numbers[column], numbers[2], marker, color=colour, markersize=8 if marker == "o" else 15)
+            axis.annotate(name, (numbers[column], numbers[2]), (0, (8, -16)[i % 2]), textcoords="offset points",
+                          ha="center", fontsize=10)                # neighbours write above and below in turn
+    unit = ("thousands of parameters", "multiply-adds (G) for a 1280x720 output")[column]
+    axis.margins(0.12)
+    axis.set(xscale="log", xlabel=unit, ylabel="PSNR-Y (dB) on Set5", title=f"x{scale}")
+
+
 # --- The command line -------------------------------------------------------------------------------------------------
 def run_benchmark(network, run, folders):
-    """Print a table per set, and save the crops of the two photographs that gain most."""
+    """Print a table per set, and save the figures and the crops of the two photographs that gain most."""
     scale = network.architecture.scale
     bicubic, ours = lambda lr: resize(lr, scale), lambda lr: super_resolve(network, lr)
     sets = [each for folder in folders for each in sets_in(folder)]
     photos = {each: photos_of(each) for each in sets}      # a missing or empty folder ends here, before the long work
+    means = {}
     for each in sets:
         base, found = measure(bicubic, each, scale), measure(ours, each, scale)
         name = each.resolve().name
         methods = [("bicubic", None, base), ("ours", network.architecture, found)]
         print(format_table(f"{name}, x{scale}", methods), flush=True)
+        means[name] = {method: dict(zip(("psnr", "ssim"), np.mean([row[1:] for row in rows], axis=0)))
+                       for method, _, rows in methods}
         gains = [row[1] - floor[1] for row, floor in zip(found, base)]
         best = [photos[each][k] for k in np.argsort(gains)[::-1][:2]]
         save_crops(Path(run) / f"crops_{name}.png", best, bicubic, ours, scale)
+    write_whole(Path(run) / "benchmark.json", lambda path: path.write_text(json.dumps(means, indent=1) + "\n"))
 
 
 def run_upscale(network, photo, output):

@@ -23,7 +23,7 @@ Should the last choices to close have missed the budget, `Supernet.derive` chang
 of, so every run ends within its budget and uses at least 80 % of it.
 
 A run's folder holds settings.json (command line, versions, hardware), history.csv, distributions.npz (all weights over
-time), levels.png, architecture.png, architecture.json, network.pt, results.md, and checkpoint.pt for --resume.
+time), levels.png, architecture.png, architecture.json, network.pt, results.md and results.json, and checkpoint.pt for --resume.
 """
 import argparse
 import copy
@@ -45,15 +45,14 @@ import numpy as np
 import torch
 import torch.distributed
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from evaluate import (crop_to, degrade, format_table, list_photos, psnr, read_photo, resize, sample_photo, ssim,
                       super_resolve, write_whole)
-from search_space import OPERATIONS, Architecture, Network, Space, draw_architecture
+from search_space import Architecture, Network, Space, draw_architecture
 from sparsestmax import ACTIVATIONS
-from supernet import Supernet, Weights, leading
+from supernet import Supernet, Weights, draw_levels, leading, live_choices
 
 # A batch is `batch` patches of patch x patch LR pixels. The first `search` of all `steps` are the supernet's, and far
 # dearer than the others. Budgets by scale.
@@ -277,9 +276,11 @@ class Run:
         # a. The weights, under the architecture as it stands.
         fixed = Weights(*(w.detach() for w in weights))
         loss = self.descend(self.optimiser, self.loss(net, self.half_a, fixed, live))
+        cost = net.multiply_adds(weights)
+        if progress == 0:                                              # warm-up: what random weights say of an
+            return loss, fixed, cost.detach()                          # architecture is noise, and costs half a step
         # b. The architecture, under the weights as they stand. The target lies midway between the least and the most
         #    that the budget allows; the log makes twice too much and half too little equally bad, at any budget.
-        cost = net.multiply_adds(weights)
         off_target = torch.log(net.exit_costs(weights) / ((1 + LEAST) / 2 * s.budget)).float()     # (nodes,)
         #    In the end not this mean over networks counts but the network that would be found if the search stopped now.
         #    Its cost has no slope, so it shifts the value, the more the nearer the end; the slope remains the mean's.
@@ -446,6 +447,9 @@ class Run:
         lr = degrade(hr, scale)
         methods = [("bicubic", None, resize(lr, scale)), (out.name, architecture, super_resolve(network, lr))]
         methods = [(name, a, [("sample", psnr(hr, sr, scale), ssim(hr, sr, scale))]) for name, a, sr in methods]
+        numbers = dict(sample={name: dict(psnr=score[0][1], ssim=score[0][2]) for name, _, score in methods},
+                       seconds=self.seconds, hand_over=self.hand_over_report)
+        write_whole(out / "results.json", lambda path: path.write_text(json.dumps(numbers, indent=1) + "\n"))
         report, used = self.hand_over_report, architecture.multiply_adds() / self.settings.budget
         text = (f"{format_table(f'The photograph that matplotlib ships, x{scale}', methods)}\n"
                 f"{self.step} steps: search {self.seconds['search']:.0f} s, training {self.seconds['training']:.0f} s.\n"
@@ -454,39 +458,6 @@ class Run:
                 f"network {report['psnr_network']:.2f} dB; largest difference {report['largest_difference']:.1e}.\n")
         write_whole(out / "results.md", lambda path: path.write_text(text))
         print(text)
-
-
-def live_choices(weights: Weights) -> tuple[int, float, float]:
-    """Exits with a weight, then operations and widths with a weight per choice (on average)."""
-    gamma, alpha, beta = (w > 0 for w in weights)
-    return int(gamma.sum()), alpha.sum(-1).float().mean().item(), beta.sum(-1).float().mean().nan_to_num(1.0).item()
-
-
-def draw_levels(space: Space, path: str, steps, weights: Weights) -> Figure:
-    """The three levels over training, as heat maps: all exits, and the operations and widths of the cells on `path`.
-
-    steps: (T,). weights: numpy arrays, those of Weights with a leading dimension T.
-    """
-    nodes = [node for node in space.nodes if node[-1] == "c"]
-    cells = [nodes.index(path[:i + 1]) for i, letter in enumerate(path) if letter == "c"]
-    panels = [("network: all exits", weights.gamma, space.nodes)]
-    levels = ("cell: operations", weights.alpha, OPERATIONS), ("kernel: widths", weights.beta, space.widths)
-    for title, level, names in levels:
-        rows = level[:, cells]                                         # (T, cells on the path, places, candidates)
-        places = [f"{c + 1}.{p + 1}" for c in range(rows.shape[1]) for p in range(rows.shape[2])]
-        labels = [f"{place}: {name}" for place in places for name in names]
-        if labels:                                                     # with one position there is no inner width
-            panels.append((f"{title} on the path {path}", rows.reshape(len(rows), len(labels)), labels))
-    figure = Figure(figsize=(15, 2 + 0.16 * max(len(labels) for *_, labels in panels)), layout="constrained")
-    for axis, (title, level, labels) in zip(figure.subplots(1, len(panels)), panels):
-        edges = np.append(steps, steps[-1] + max(1, steps[-1] - steps[-2] if len(steps) > 1 else 1))
-        mesh = axis.pcolormesh(edges, np.arange(len(labels) + 1), level.T, vmin=0, vmax=1, cmap="viridis")
-        axis.set_title(title)
-        axis.set_yticks(np.arange(len(labels)) + 0.5, labels, fontsize=7)
-        axis.invert_yaxis()
-        axis.set_xlabel("training step")
-    figure.colorbar(mesh, ax=figure.axes, label="weight", fraction=0.02)
-    return figure
 
 
 # --- 4. The command line -------------------------------------------------------------------------------------------
@@ -596,6 +567,7 @@ def main(argv=None):
         if RANK == 0:
             run.finish()
         if WORLD > 1:
+            torch.distributed.barrier()                                # who leaves early takes the connection along
             torch.distributed.destroy_process_group()
     except (ValueError, OSError) as error:
         parser.exit(2, f"search.py: error: {error}\n")

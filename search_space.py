@@ -394,7 +394,7 @@ class Network(nn.Module):
         return y + enlarge(x, self.architecture.scale)
 
 
-# --- A picture -----------------------------------------------------------------------------------------------------
+# --- Pictures ------------------------------------------------------------------------------------------------------
 
 # Okabe and Ito's colours, told apart by the colour-blind too.
 COLOURS = {"skip1x1": "#999999", "conv3x3": "#56B4E9", "residual": "#0072B2", "dws": "#E69F00", "up": "#009E73",
@@ -419,10 +419,41 @@ def draw_architecture(architecture: Architecture, axis=None):
         if bar:
             text, colour, width = bar
             axis.bar(x, width, width=0.9, bottom=-width / 2, color=COLOURS[colour], edgecolor="black", linewidth=0.5)
-            axis.text(x, 0, f"{text} {width}", rotation=90, ha="center", va="center", fontsize=8)
+            axis.text(x, 0, f"{text} {width}", rotation=90, ha="center", va="center", fontsize=9,
+                      color="white" if text == "residual" else "black")
     axis.set_title(f"x{a.scale}, path {a.path}: {a.parameters():,} parameters, {a.multiply_adds() / 1e9:.2f}G "
                    f"multiply-adds for a 1280x720 output", fontsize=10)
     axis.set_ylim(-0.55 * a.channels, 0.55 * a.channels)
+    axis.set_axis_off()
+    return axis.figure
+
+
+def tree_layout(space: Space) -> dict[str, tuple[float, float]]:
+    """Where to draw each node: x is its depth, y such that no two branches cross; the root of all is at x = 1."""
+    leaves = {leaf: float(-i) for i, leaf in enumerate(space.leaves)}
+
+    def height(node):
+        below = [height(child) for child in space.nodes if child[:-1] == node]
+        return sum(below) / len(below) if below else leaves[node]
+    return {node: (len(node), height(node)) for node in space.nodes}
+
+
+def draw_tree(axis, space: Space):
+    """The path tree: every circle is an exit, every line as thick as what it leads to costs (the mean over all choices)."""
+    in_a_cell = sum(sum(count(c, d) for _, count, _ in OPERATIONS.values()) / len(OPERATIONS)
+                    for c in space.widths for d in space.widths) / len(space.widths) ** 2 * space.positions
+    costs = {"c": in_a_cell, "u": 9 * space.channels ** 2}
+    places, unit = tree_layout(space), OUTPUT_PIXELS // space.scale ** 2 / 1e9
+    for node, (x, y) in places.items():
+        pixels = magnification(space.scale, space.upsample, node) ** 2
+        cost = costs[node[-1]] * pixels * unit
+        x0, y0 = places.get(node[:-1], (0, y))
+        colour = COLOURS["residual"] if node[-1] == "c" else COLOURS["up"]
+        axis.plot([x0, x], [y0, y], color=colour, linewidth=0.5 + 0.25 * cost, solid_capstyle="butt", zorder=1)
+        if len(space.nodes) < 20:
+            axis.annotate(f"{cost:.3g}G", ((x0 + x) / 2, (y0 + y) / 2), ha="center", va="center", backgroundcolor="white")
+        axis.plot(x, y, "o", markersize=13, color="white", markeredgecolor=colour, markeredgewidth=1.5, zorder=2)
+        axis.annotate(node[-1], (x, y), ha="center", va="center_baseline", fontsize=10)
     axis.set_axis_off()
     return axis.figure
 

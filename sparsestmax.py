@@ -325,6 +325,53 @@ ACTIVATIONS = {
 }
 
 
+# ---------------------------------------------------------------- pictures, for three candidates
+
+# The plane of the triangle seen from the front, true to scale, its centre at (0, 0). What is lost is the mean of the
+# logits, which no map here looks at.
+_PLANE = ((-0.5 ** 0.5, 0.5 ** 0.5, 0.0), (-(1 / 6) ** 0.5, -(1 / 6) ** 0.5, (2 / 3) ** 0.5))
+
+
+def to_plane(z):
+    """Logits or weights (..., 3) -> points (..., 2)."""
+    return z @ torch.tensor(_PLANE, dtype=z.dtype).T
+
+
+def from_plane(xy):
+    """Points (..., 2) -> the logits (..., 3) of mean 0 that `to_plane` puts there."""
+    return xy @ torch.tensor(_PLANE, dtype=xy.dtype)
+
+
+def draw_triangle(axis, progress=0.0):
+    """The simplex, its centre, and the ball that sparsestmax forbids at this progress, on matplotlib's `axis`."""
+    corners = to_plane(torch.eye(3))
+    axis.plot(*corners[[0, 1, 2, 0]].T, color="black", linewidth=1.5)
+    angles = torch.linspace(0, 6.2832, 200)
+    radius = progress * (2 / 3) ** 0.5
+    axis.plot(radius * angles.cos(), radius * angles.sin(), color="black", linestyle="--", linewidth=1)
+    axis.plot(0, 0, "+", color="black")
+    for k, (x, y) in enumerate(corners.tolist()):
+        axis.annotate(f"$e_{k + 1}$", (x, y), (x * 1.16, y * 1.16), ha="center", va="center", fontsize=12)
+    axis.set(aspect="equal", xlim=(-1.15, 1.15), ylim=(-1.15, 1.15))
+    axis.set_axis_off()
+
+
+def draw_map(axis, activation, progress=0.0, reach=1.3):
+    """Where `activation` sends the plane: shades tell how many candidates survive, threads tie logits to weights."""
+    side = torch.linspace(-reach, reach, 241)
+    xy = torch.stack(torch.meshgrid(side, side, indexing="xy"), -1)     # (241, 241, 2)
+    with torch.no_grad():
+        alive = (activation(from_plane(xy), progress) > 0).sum(-1)      # (241, 241)
+        points = xy[8::15, 8::15].reshape(-1, 2)
+        images = to_plane(activation(from_plane(points), progress))
+    axis.imshow(alive, origin="lower", extent=(-reach, reach) * 2, cmap="Greys", vmin=-1, vmax=7)
+    threads = torch.stack([points, images], 1)                          # (points, 2 ends, 2)
+    axis.plot(*threads.permute(2, 1, 0), color="#56B4E9", linewidth=0.6, alpha=0.8)
+    axis.plot(*images.T, "o", color="#0072B2", markersize=3)
+    draw_triangle(axis, progress if activation.__name__.startswith("sparsest") else 0.0)
+    axis.set(xlim=(-reach, reach), ylim=(-reach, reach))
+
+
 if __name__ == "__main__":
     z = torch.tensor([.3, .28, .22, .2])
     print("logits      ", "  ".join(f"{v:6.2f}" for v in z.tolist()))

@@ -37,25 +37,19 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.animation import FuncAnimation
+from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from search_space import (OPERATIONS, OUTPUT_PIXELS, Architecture, Network, Space, Tail, conv, enlarge, magnification,
-                          make_up)
+from search_space import (COLOURS, OPERATIONS, OUTPUT_PIXELS, Architecture, Network, Space, Tail, conv, enlarge,
+                          magnification, make_up, tree_layout)
 from sparsestmax import sparsestmax
 
 
-# Each level has its own way through `progress`, all of them from 0 to 1. Nearly all the work of a dense supernet is in
-# paths that will be dropped, and the operations of a cell are better chosen once it is known on whose path it lies: so
-# the network level is LEAD times as fast as the others. They, in turn, leave out what would be idle. The ball drops nobody
-# while it is inside the simplex, below 1/(K-1) = .33 for four operations and .25 for five widths: they begin at START.
-LEAD, START = 4.0, 0.3
-
-
-def schedule(progress: float) -> tuple[float, float, float]:
-    """Progress of the search -> progress of each level: network, cell, kernel."""
-    inner = START + (1 - START) * progress if progress > 0 else 0.0
-    return min(1.0, LEAD * progress), inner, inner
+# The network level runs through its schedule this much faster than the others. Nearly all the work of a dense supernet
+# is in paths that will be dropped, and the operations of a cell are better chosen once it is known on whose path it lies.
+LEAD = 2.0
 
 
 class Weights(NamedTuple):
@@ -63,6 +57,12 @@ class Weights(NamedTuple):
     gamma: torch.Tensor                                        # (nodes,)
     alpha: torch.Tensor                                        # (cells, positions, operations)
     beta: torch.Tensor                                         # (cells, positions - 1, widths)
+
+
+def live_choices(weights: Weights) -> tuple[int, float, float]:
+    """Exits with a weight, then operations and widths with a weight per choice (on average)."""
+    gamma, alpha, beta = (w > 0 for w in weights)
+    return int(gamma.sum()), alpha.sum(-1).float().mean().item(), beta.sum(-1).float().mean().nan_to_num(1.0).item()
 
 
 # --- One cell of the supernet --------------------------------------------------------------------------------------
@@ -203,7 +203,8 @@ class Supernet(nn.Module):
     def weights(self, progress: float) -> Weights:
         """THE place where logits become weights. Forward pass, derivation, cost, logs and plots all read its result."""
         gamma = self.gamma.masked_fill(~self.allowed, -torch.inf)                   # -inf: weight exactly 0
-        return Weights(*map(self.activation, (gamma, self.alpha, self.beta), schedule(progress)))
+        schedule = min(1.0, LEAD * progress), progress, progress
+        return Weights(*map(self.activation, (gamma, self.alpha, self.beta), schedule))
 
     def with_ends(self, beta):
         """(cells, positions - 1, widths) -> (cells, positions + 1, widths): a cell's two ends have the full width."""
@@ -421,3 +422,87 @@ class Supernet(nn.Module):
 def leading(source: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """The leading slice of `source` that has the shape of `like`."""
     return source[tuple(map(slice, like.shape))]
+
+
+# --- Pictures ------------------------------------------------------------------------------------------------------
+
+def draw_supernet(axis, space: Space, weights: Weights):
+    """All three levels at one moment. weights: tensors or numpy arrays.
+
+    Network: lines are as thick, and cells as dark, as the weight of all exits behind them; a ring's size is an exit's own.
+    Cell: a cell is a row of columns, one per position, divided into colours as the weight is among the operations.
+    Kernel: a column is as tall as the expected width behind it.
+    """
+    gamma, alpha, beta = (np.asarray(w) for w in weights)
+    places, cell_of = tree_layout(space), {n: i for i, n in enumerate(n for n in space.nodes if n[-1] == "c")}
+    mass = {node: sum(g for g, n in zip(gamma, space.nodes) if n.startswith(node)) for node in space.nodes}
+    for node, (x, y) in places.items():
+        x0, y0 = places.get(node[:-1], (0, y))
+        axis.plot([x0, x], [y0, y], color="black", linewidth=6 * mass[node], zorder=1, solid_capstyle="butt")
+        if mass[node] == 0:
+            axis.plot([x0, x], [y0, y], color="#DDDDDD", linewidth=0.5, zorder=0)
+        fade = float(0.12 + 0.88 * min(1, 2 * mass[node]))
+        if node[-1] == "u":
+            axis.bar(x, 0.44, 0.3, y - 0.22, color=COLOURS["up"], alpha=fade, zorder=2)
+        else:
+            c = cell_of[node]
+            widths = [*(beta[c] @ np.array(space.widths) / space.channels), 1.0]
+            for p, width in enumerate(widths):
+                bottom, left = y - 0.36 * width, x - 0.3 + 0.6 * p / space.positions
+                for weight, name in zip(alpha[c, p], OPERATIONS):
+                    axis.bar(left, 0.72 * width * weight, 0.54 / space.positions, bottom, align="edge", alpha=fade,
+                             color=COLOURS[name], zorder=2)
+                    bottom += 0.72 * width * weight
+        weight = gamma[space.nodes.index(node)]
+        if weight > 0:
+            axis.plot(x + 0.42, y, "o", markersize=3 + 9 * weight, markerfacecolor="white", markeredgecolor="black", zorder=3)
+    handles = [axis.bar(0, 0, color=COLOURS[name], label=name) for name in (*OPERATIONS, "up")]
+    handles += axis.plot([], [], "o", color="white", markeredgecolor="black", label="exit")
+    axis.legend(handles=handles, loc="lower left", ncols=len(handles), frameon=False, bbox_to_anchor=(0, -0.12), fontsize=9)
+    axis.set_xlim(-0.1, max(map(len, space.nodes)) + 0.6)
+    axis.set_ylim(1 - len(space.leaves) - 0.6, 0.6)
+    axis.set_axis_off()
+    return axis.figure
+
+
+def draw_levels(space: Space, path: str, steps, weights: Weights) -> Figure:
+    """The three levels over training, as heat maps: all exits, and the operations and widths of the cells on `path`.
+
+    steps: (T,). weights: numpy arrays, those of Weights with a leading dimension T.
+    """
+    nodes = [node for node in space.nodes if node[-1] == "c"]
+    cells = [nodes.index(path[:i + 1]) for i, letter in enumerate(path) if letter == "c"]
+    panels = [("network: all exits", weights.gamma, space.nodes)]
+    levels = ("cell: operations", weights.alpha, OPERATIONS), ("kernel: widths", weights.beta, space.widths)
+    for title, level, names in levels:
+        rows = level[:, cells]                                         # (T, cells on the path, places, candidates)
+        places = [f"{c + 1}.{p + 1}" for c in range(rows.shape[1]) for p in range(rows.shape[2])]
+        labels = [f"{place}: {name}" for place in places for name in names]
+        if labels:                                                     # with one position there is no inner width
+            panels.append((f"{title} on the path {path}", rows.reshape(len(rows), len(labels)), labels))
+    figure = Figure(figsize=(15, 2 + 0.16 * max(len(labels) for *_, labels in panels)), layout="constrained")
+    for axis, (title, level, labels) in zip(figure.subplots(1, len(panels)), panels):
+        edges = np.append(steps, steps[-1] + max(1, steps[-1] - steps[-2] if len(steps) > 1 else 1))
+        mesh = axis.pcolormesh(edges, np.arange(len(labels) + 1), level.T, vmin=0, vmax=1, cmap="viridis")
+        axis.set_title(title)
+        axis.set_yticks(np.arange(len(labels)) + 0.5, labels, fontsize=7)
+        axis.invert_yaxis()
+        axis.set_xlabel("training step")
+    figure.colorbar(mesh, ax=figure.axes, label="weight", fraction=0.02)
+    return figure
+
+
+def animate(figure, space: Space, steps, weights: Weights, frames: int = 80) -> FuncAnimation:
+    """`draw_supernet` over time. figure: matplotlib's; steps: (T,); weights: numpy arrays with a leading dimension T."""
+    axis = figure.subplots()
+    chosen = np.unique(np.linspace(0, len(steps) - 1, frames).round().astype(int))
+    chosen = np.append(chosen, [chosen[-1]] * (frames // 6))   # rest on the last picture before it begins again
+
+    def draw(t):
+        axis.clear()
+        now = Weights(*(level[t] for level in weights))
+        draw_supernet(axis, space, now)
+        exits, operations, widths = live_choices(Weights(*map(torch.from_numpy, now)))
+        axis.set_title(f"step {steps[t]}: alive are {exits} of {len(space.nodes)} exits, {operations:.1f} operations "
+                       f"and {widths:.1f} widths a choice", fontsize=11)
+    return FuncAnimation(figure, draw, chosen, interval=100)

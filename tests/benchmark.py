@@ -25,8 +25,9 @@ import search
 from evaluate import degrade, write_whole
 from search_space import OPERATIONS, Network
 from sparsestmax import sparsestmax
+from supernet import live_choices
 
-PROGRESS = 0.0, 0.25, 0.5, 0.75, 1.0
+PROGRESS = 1e-3, 0.25, 0.5, 0.75, 1.0      # at 0 itself, the warm-up, a step leaves the logits alone
 
 
 def synchronize():
@@ -124,11 +125,9 @@ def whole_step(run, progress, dense=False):
 
 def step_times(settings, pairs, rounds):
     run, lone = make_run(settings, pairs), become_network(make_run(settings, pairs))
-    everything = make_run(argparse.Namespace(**vars(settings) | dict(budget=settings.budget)), pairs)
-    everything.supernet.allowed.fill_(True)
     contenders = {"derived network, a training step": lone.training_step}
     for name, step in ("weights only", weights_half), ("whole step", whole_step):
-        contenders[f"dense, {name}"] = partial(step, run, 0.0, True)
+        contenders[f"dense, {name}"] = partial(step, run, PROGRESS[0], True)
         contenders |= {f"ours at progress {p}, {name}": partial(step, run, p) for p in PROGRESS}
     seconds = race(contenders, rounds)
     rows = ["| step | median | quartiles | x derived network | x dense |", "|---|---:|---:|---:|---:|"]
@@ -136,7 +135,7 @@ def step_times(settings, pairs, rounds):
         dense = seconds["dense, whole step" if "whole" in name else "dense, weights only"]
         rows.append(f"| {name} | {in_words(s, seconds['derived network, a training step'])} | "
                     f"{np.median(s) / np.median(dense):.2f} |")
-    live = {p: search.live_choices(run.supernet.weights(p)) for p in PROGRESS}
+    live = {p: live_choices(run.supernet.weights(p)) for p in PROGRESS}
     rows.append("\nAlive (exits, operations, widths): " + "; ".join(
         f"{p}: {e}, {o:.1f}, {w:.1f}" for p, (e, o, w) in live.items()) + ".")
     return rows
@@ -146,7 +145,7 @@ def memory(settings, pairs):
     rows = ["| step | peak memory above the model's own |", "|---|---:|"]
     run, lone = make_run(settings, pairs), become_network(make_run(settings, pairs))
     run.search_step(1.0)                                       # gradients and moments of weights are there by now
-    contenders = {"dense, whole step": partial(whole_step, run, 0.0, True)}
+    contenders = {"dense, whole step": partial(whole_step, run, PROGRESS[0], True)}
     contenders |= {f"ours at progress {p}, whole step": partial(whole_step, run, p) for p in PROGRESS}
     contenders["derived network, a training step"] = lone.training_step
     for name, action in contenders.items():

@@ -16,7 +16,7 @@ from PIL import Image
 
 import search
 from evaluate import degrade, load_run
-from search_space import Network
+from search_space import OPERATIONS, Network
 from sparsestmax import ACTIVATIONS
 
 TINY = "--channels 16 --cells 2 --positions 2 --batch 2 --patch 8 --steps 14 --search 8 --device cpu".split()
@@ -39,7 +39,7 @@ def photos(tmp_path_factory):
 def test_a_run_leaves_everything(tmp_path, photos, capsys):
     out = run(tmp_path / "a", "--data", photos, "--budget", "2G")
     names = {"settings.json", "history.csv", "distributions.npz", "levels.png", "architecture.png", "architecture.json",
-             "network.pt", "results.md", "checkpoint.pt"}
+             "network.pt", "results.md", "results.json", "checkpoint.pt"}
     assert {path.name for path in out.iterdir()} == names
     network = load_run(out)                                    # weights_only=True
     a = network.architecture
@@ -52,6 +52,8 @@ def test_a_run_leaves_everything(tmp_path, photos, capsys):
         {"gamma": (5,), "alpha": (3, 2, 4), "beta": (3, 1, 2)}
     for name in ("gamma", "alpha", "beta"):                    # each row of each level, at any time, is on the simplex
         np.testing.assert_allclose(over_time[name].sum(-1), 1, rtol=1e-5)
+    results = json.loads((out / "results.json").read_text())
+    assert results["sample"]["bicubic"]["psnr"] > 25 and results["hand_over"]["step"] == 8
     settings = json.loads((out / "settings.json").read_text())
     assert settings["settings"]["seed"] == 0 and settings["versions"]["torch"] == torch.__version__
     text = (out / "results.md").read_text()
@@ -145,7 +147,7 @@ def test_hand_over_is_an_identity_and_keeps_adams_memory(photos, tmp_path):
         net.gamma[net.space.nodes.index(wanted.path)] += 9
         for i, cell in enumerate(wanted.path[:j + 1] for j, letter in enumerate(wanted.path) if letter == "c"):
             for p, name in enumerate(wanted.operations[i]):
-                net.alpha[net.cell_of[cell], p, list(search.OPERATIONS).index(name)] += 9
+                net.alpha[net.cell_of[cell], p, list(OPERATIONS).index(name)] += 9
             for p, width in enumerate(wanted.widths[i]):
                 net.beta[net.cell_of[cell], p, net.space.widths.index(width)] += 9
     made.hand_over()
@@ -163,7 +165,9 @@ def test_logits_get_no_weight_gradient_and_weights_no_logit_gradient(photos, tmp
     made = make_run(photos, tmp_path)
     logits = {id(p) for p in made.supernet.logits()}
     before = [p.clone() for p in made.supernet.logits()]
-    made.search_step(0.0)
+    made.search_step(0.0)                                      # warm-up: the logits wait
+    assert all(torch.equal(p, b) for p, b in zip(made.supernet.logits(), before))
+    made.search_step(1e-5)                                    # hardly on the sphere: two candidates are not locked yet
     assert all(p.grad is not None and not torch.equal(p, b) for p, b in zip(made.supernet.logits(), before))
     assert not logits & {id(p) for group in made.optimiser.param_groups for p in group["params"]}
 
@@ -301,7 +305,7 @@ def test_two_processes_are_one_with_twice_their_share(tmp_path, photos):
     assert (tmp_path / "one/architecture.json").read_text() == (tmp_path / "two/architecture.json").read_text()
     one, two = (np.load(tmp_path / name / "distributions.npz") for name in ("one", "two"))
     for key in one:
-        np.testing.assert_allclose(one[key], two[key], atol=1e-5)
+        np.testing.assert_allclose(one[key], two[key], atol=2e-3)      # near ties the map magnifies rounding
 
 
 def test_a_batch_that_cannot_be_split_is_refused(tmp_path, photos, monkeypatch):
