@@ -17,13 +17,13 @@ weights and with Adam's memory of them, computes the same function, and the same
 
 The second term holds the multiply-adds near a target just under the budget. It asks this of *each* exit: were only their
 mean to meet the target, an exit far too dear could hide behind cheap ones, win, and then have to starve its cells (seen
-at x4, where all operations became 1x1). Exits that no network within the budget can have are forbidden from the
-start. The third is the paper's "sorting": a deeper exit must earn its depth.
-Should the last choices to close have missed the budget, `Supernet.derive` changes those that the search was least sure
-of, so every run ends within its budget and uses at least 80 % of it.
+at x4, where all operations became 1x1). Exits that cannot come down to the target are forbidden from the start. The
+third is the paper's "sorting": a deeper exit must earn its depth. Should the last choices to close have missed the
+budget, `Supernet.derive` changes those that the search was least sure of, so every run ends within its budget and uses
+at least 80 % of it.
 
 A run's folder holds settings.json (command line, versions, hardware), history.csv, distributions.npz (all weights over
-time), levels.png, architecture.png, architecture.json, network.pt, results.md and results.json, and checkpoint.pt for --resume.
+time), levels.png, architecture.png, architecture.json, network.pt, results.md and .json, and checkpoint.pt for --resume.
 """
 import argparse
 import copy
@@ -55,16 +55,15 @@ from sparsestmax import ACTIVATIONS
 from supernet import Supernet, Weights, draw_levels, leading, live_choices
 
 # A batch is `batch` patches of patch x patch LR pixels. The first `search` of all `steps` are the supernet's, and far
-# dearer than the others. Budgets by scale.
+# dearer than the others. rate: the highest learning rate of the weights. Budgets by scale.
 PRESETS = {
-    "lesson": dict(channels=24, cells=3, positions=3, batch=16, patch=24, steps=5000, search=600, bfloat16=False,
+    "lesson": dict(channels=24, cells=3, positions=3, batch=16, patch=24, steps=8000, search=300, rate=3e-3, bfloat16=False,
                    budget={2: 6e9, 3: 3e9, 4: 2e9}),
-    "full": dict(channels=64, cells=5, positions=5, batch=16, patch=48, steps=300_000, search=4000, bfloat16=True,
+    "full": dict(channels=64, cells=5, positions=5, batch=16, patch=48, steps=300_000, search=4000, rate=1e-3, bfloat16=True,
                  budget={2: 68e9, 3: 31e9, 4: 18e9}),          # the multiply-adds of DLSR at each scale
 }
 WARM = 0.1                     # progress stays 0 for this part of the search, until the weights mean something
 LEAST = 0.8                    # a found network uses at least this part of its budget
-LEARNING_RATE = 1e-3           # of the weights: Adam, linear warm-up, then cosine to 1 %
 LOGITS_RATE = 3e-3             # of the logits: Adam with betas (.5, .999), constant
 COST = 0.03                    # weight of the budget term
 ORDER = 1e-3                   # weight of the order term
@@ -194,10 +193,12 @@ def progress_at(step: int, search: int) -> float:
     return min(1.0, max(0.0, (step / search - WARM) / (1 - WARM)))
 
 
-def learning_rate_at(step: int, steps: int) -> float:
-    """Of the weights: linear warm-up over 1 % of the steps, then half a cosine down to 1 %."""
-    warm_up = min(1.0, (step + 1) / (0.01 * steps + 1))
-    return LEARNING_RATE * warm_up * (0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2)
+def learning_rate_at(step: int, search: int, steps: int) -> float:
+    """Of the weights, as a part of the highest: linear warm-up over the search, then half a cosine down to 1 %.
+
+    So the supernet learns gently, and the found network, which goes on from there, at the full rate.
+    """
+    return min(1.0, (step + 1) / search) * (0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2)
 
 
 # --- 3. The loop ---------------------------------------------------------------------------------------------------
@@ -238,7 +239,8 @@ class Run:
         self.hand_over_report = None
         self.space = Space(s.scale, s.channels, s.cells, s.positions)
         self.supernet = Supernet(self.space, ACTIVATIONS[s.activation], recompute=s.preset == "full")
-        self.supernet.restrict(LEAST * s.budget, s.budget)             # an impossible budget ends here, before any work
+        self.target = (1 + LEAST) / 2 * s.budget                       # multiply-adds to aim at: midway in what is allowed
+        self.supernet.restrict(LEAST * s.budget, self.target, s.budget)    # an impossible budget ends here, before any work
         self.supernet.to(self.device, memory_format=torch.channels_last)
         # Logits want other steps than weights: larger, since only their differences count and they must decide within the
         # search; and with less momentum (beta1 = .5), since every batch judges the candidates anew.
@@ -248,7 +250,7 @@ class Run:
         self.network = None                                            # the found one, once the supernet has melted
 
     def adam(self, parameters):
-        return torch.optim.Adam(parameters, lr=LEARNING_RATE, betas=(0.9, 0.99), fused=True)
+        return torch.optim.Adam(parameters, lr=self.settings.rate, betas=(0.9, 0.99), fused=True)
 
     def load_data(self):
         s = self.settings
@@ -279,9 +281,9 @@ class Run:
         cost = net.multiply_adds(weights)
         if progress == 0:                                              # warm-up: what random weights say of an
             return loss, fixed, cost.detach()                          # architecture is noise, and costs half a step
-        # b. The architecture, under the weights as they stand. The target lies midway between the least and the most
-        #    that the budget allows; the log makes twice too much and half too little equally bad, at any budget.
-        off_target = torch.log(net.exit_costs(weights) / ((1 + LEAST) / 2 * s.budget)).float()     # (nodes,)
+        # b. The architecture, under the weights as they stand. The log makes twice too much and half too little equally
+        #    bad, at any budget.
+        off_target = torch.log(net.exit_costs(weights) / self.target).float()     # (nodes,)
         #    In the end not this mean over networks counts but the network that would be found if the search stopped now.
         #    Its cost has no slope, so it shifts the value, the more the nearer the end; the slope remains the mean's.
         with torch.no_grad():
@@ -341,7 +343,7 @@ class Run:
             # 1. Where are we in the schedules?
             progress = progress_at(self.step, s.search)
             for group in self.optimiser.param_groups:
-                group["lr"] = learning_rate_at(self.step, s.steps)
+                group["lr"] = s.rate * learning_rate_at(self.step, s.search, s.steps)
             # 2. One step, of the supernet or, from the hand-over on, of the network it has become.
             if self.step < s.search:
                 loss, weights, cost = self.search_step(progress)
@@ -479,6 +481,16 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def rate(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a learning rate, a number between 0 and 1")
+    return value
+
+
 def arguments() -> argparse.ArgumentParser:
     # No defaults here: what was not given comes from the preset or, with --resume, from the run.
     parser = argparse.ArgumentParser(prog="search.py", description="Search, train, derive and measure an SR network.")
@@ -501,6 +513,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--positions", type=positive, help="operations in a cell")
     add("--batch", type=positive, help="patches in a batch")
     add("--patch", type=positive, help="side of an LR patch, in pixels")
+    add("--rate", type=rate, help="highest learning rate of the weights")
     add("--bfloat16", action=argparse.BooleanOptionalAction, default=None, help="convolve in bfloat16")
     return parser
 

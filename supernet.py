@@ -378,9 +378,10 @@ class Supernet(nn.Module):
             bounds.append((self.fixed.cpu().numpy() + self.on_path.cpu().numpy() @ cells) * self.lr_pixels)
         return tuple(bounds)
 
-    def restrict(self, least: float, most: float) -> None:
-        """Forbid every exit behind which no network costs `least` to `most` multiply-adds; it is never computed.
+    def restrict(self, least: float, target: float, most: float) -> None:
+        """Forbid the exits whose networks all cost less than `least` or more than `target`; they are never computed.
 
+        (Where no exit is as cheap as the target, the cheapest stays, if it has networks of at most `most` multiply-adds.)
         Raises ValueError, naming what is possible, if that leaves no network.
         """
         low, high = self.cost_range()
@@ -390,7 +391,7 @@ class Supernet(nn.Module):
         if high.max() < least:
             raise ValueError(f"no network uses a budget of {most / 1e9:.3g}G multiply-adds: the largest of this space "
                              f"has {high.max() / 1e9:.4g}G (for a 1280x720 output)")
-        self.allowed.copy_(torch.from_numpy((low <= most) & (high >= least)))
+        self.allowed.copy_(torch.from_numpy((low <= max(target, low.min())) & (high >= least)))
         self._knapsack(*(np.zeros(logits.shape) for logits in self.logits()), least, most)   # is there really one?
 
     def origins(self, network: Network):

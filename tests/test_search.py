@@ -242,8 +242,8 @@ def test_dead_leaves_are_seeded_and_have_edges():
 
 def test_schedules():
     assert [search.progress_at(step, 100) for step in (0, 10, 55, 100, 500)] == pytest.approx([0, 0, 0.5, 1, 1])
-    rates = [search.learning_rate_at(step, 1000) for step in range(1000)]
-    assert max(rates) <= search.LEARNING_RATE and rates[0] < rates[9] and rates[-1] < 0.011 * search.LEARNING_RATE
+    rates = [search.learning_rate_at(step, 50, 1000) for step in range(1000)]
+    assert rates[0] < rates[25] < rates[49] == max(rates) and 0.99 < max(rates) <= 1 and rates[-1] < 0.011
 
 
 @pytest.mark.parametrize("text, value", [("18G", 18e9), ("750M", 7.5e8), ("1.5g", 1.5e9), ("2e9", 2e9)])
@@ -253,7 +253,7 @@ def test_budgets_are_read(text, value):
 
 @pytest.mark.parametrize("options, message", [
     ("--scale 5", "scale"), ("--steps 0", "positive"), ("--steps 2.5", "positive"), ("--steps 8", "more than --search"),
-    ("--budget 0", "0"), ("--budget banana", "banana"), ("--budget -1G", "budget"), ("--budget nan", "nan"),
+    ("--budget 0", "0"), ("--rate 2", "not a learning rate"), ("--rate fast", "fast"), ("--budget banana", "banana"), ("--budget -1G", "budget"), ("--budget nan", "nan"),
     ("--budget 1M", "the smallest of this space has"), ("--budget 900G", "the largest of this space has"),
     ("--data nowhere", "nowhere is not a folder"), ("--data {empty}", "no usable photograph"),
     ("--device cuda:99", "--device cuda:99"), ("--device gpu", "--device gpu"), ("--activation relu", "relu"),

@@ -156,7 +156,7 @@ def test_every_derivation_keeps_the_budget(space):
         net = make(space, seed=seed)
         low, high = net.cost_range()
         budget = low.min() * (high.max() / low.min()) ** random.Random(seed).uniform(0.1, 0.95)
-        net.restrict(0.8 * budget, budget)
+        net.restrict(0.8 * budget, 0.9 * budget, budget)
         for progress in (0.0, 1.0):
             found = net.derive(net.weights(progress), (0.8 * budget, budget), net.weights(0.0))
             assert 0.8 * budget <= found.multiply_adds() <= budget
@@ -195,17 +195,27 @@ def test_impossible_budgets_name_what_is_possible():
     net = make(Space(2, 24, 2, 2))
     low, high = net.cost_range()
     with pytest.raises(ValueError, match=f"smallest.*{low.min() / 1e9:.4g}G"):
-        net.restrict(0.8e8, 1e8)
+        net.restrict(0.8e8, 0.9e8, 1e8)
     with pytest.raises(ValueError, match=f"largest.*{high.max() / 1e9:.4g}G"):
-        net.restrict(0.8e12, 1e12)
+        net.restrict(0.8e12, 0.9e12, 1e12)
 
 
 def test_forbidden_exits_get_no_weight():
     net = make(Space(2, 24, 3, 2))
-    net.restrict(2.4e9, 3e9)
+    net.restrict(2.4e9, 2.7e9, 3e9)
     assert 0 < net.allowed.sum() < len(net.allowed)
     for progress in (0.0, 0.5, 1.0):
         assert not net.weights(progress).gamma[~net.allowed].any()
+
+
+def test_an_exit_that_cannot_reach_the_target_is_forbidden():
+    net = make(Space(2, 24, 3, 3))
+    low, high = net.cost_range()
+    net.restrict(4.8e9, 5.4e9, 6e9)
+    assert net.allowed.tolist() == ((low <= 5.4e9) & (high >= 4.8e9)).tolist()
+    most = low.min() * 1.05                                    # hardly anything fits: the cheapest exit is kept
+    net.restrict(0.8 * most, 0.9 * most, most)
+    assert net.allowed.tolist() == (low == low.min()).tolist()
 
 
 def test_logits_are_saved_and_moved():
