@@ -51,7 +51,7 @@ from tqdm import tqdm
 from evaluate import (crop_to, degrade, format_table, list_photos, psnr, read_photo, resize, sample_photo, ssim,
                       super_resolve, write_whole)
 from search_space import Architecture, Network, Space, draw_architecture
-from sparsestmax import ACTIVATIONS
+from sparsestmax import get_activation
 from supernet import Supernet, Weights, draw_levels, leading, live_choices
 
 # A batch is `batch` patches of patch x patch LR pixels. The first `search` of all `steps` are the supernet's, and far
@@ -238,7 +238,7 @@ class Run:
         self.snapshots, self.sum = [], None                            # (step, Weights) now and then; sum of all Weights
         self.hand_over_report = None
         self.space = Space(s.scale, s.channels, s.cells, s.positions)
-        self.supernet = Supernet(self.space, ACTIVATIONS[s.activation], recompute=s.preset == "full")
+        self.supernet = Supernet(self.space, get_activation(s.activation), recompute=s.preset == "full")
         self.target = (1 + LEAST) / 2 * s.budget                       # multiply-adds to aim at: midway in what is allowed
         self.supernet.restrict(LEAST * s.budget, self.target, s.budget)    # an impossible budget ends here, before any work
         self.supernet.to(self.device, memory_format=torch.channels_last)
@@ -498,7 +498,8 @@ def arguments() -> argparse.ArgumentParser:
     add("--scale", type=int, choices=(2, 3, 4), help="enlargement (default: 2)")
     add("--data", metavar="DIR", help="photographs, searched recursively (default: generated pictures)")
     add("--budget", type=multiply_adds, help="most multiply-adds for a 1280x720 output, as 18G (default: the preset's)")
-    add("--activation", choices=ACTIVATIONS, help="logits to weights, see sparsestmax.py (default: sparsestmax)")
+    add("--activation", help="logits to weights: a name in sparsestmax.py's ACTIVATIONS (default: sparsestmax), or "
+        "FILE.py:FUNCTION, which runs that file's code")
     add = parser.add_argument_group("the run").add_argument
     add("--out", type=Path, metavar="DIR", help="folder of the run (default: runs/x2, x3 or x4)")
     add("--resume", action="store_true", help="go on with the run in --out, with its settings")

@@ -103,6 +103,9 @@ Sources
 [5] Fu et al., AutoGAN-Distiller, ICML 2020, arXiv 2006.08198: searches widths with the hard form of [4].
 """
 
+import importlib.util
+from pathlib import Path
+
 import torch
 
 
@@ -323,6 +326,66 @@ ACTIVATIONS = {
     "gumbel": gumbel,
     "sparsestmax_released": sparsestmax_released,
 }
+
+# What each promises beyond being a map onto the simplex; tests/checks.py holds it to that. Yours does it likewise.
+softmax.promises = sparsemax.promises = {"deterministic", "exact gradient"}
+sparsestmax.promises = sparsestmax_released.promises = {"deterministic", "exact gradient", "one-hot at progress 1"}
+gumbel.promises = {"one-hot at progress 1"}
+
+
+def get_activation(name):
+    """The map of this name in ACTIVATIONS, or that of another file: "FILE.py:FUNCTION". That file's code is run.
+
+    Raises ValueError, in one line: no such name, file or function, or a function that is no map onto the simplex.
+    """
+    if name in ACTIVATIONS:
+        return ACTIVATIONS[name]
+    file, _, function = name.rpartition(":")
+    if not file.endswith(".py"):
+        raise ValueError(f"{name!r} is neither one of {', '.join(ACTIVATIONS)} nor of the form FILE.py:FUNCTION")
+    if not Path(file).is_file():
+        raise ValueError(f"there is no file {file}")
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:                                          # it is somebody's code: anything may happen
+        raise ValueError(f"{file} does not run: {type(error).__name__}: {error}") from error
+    activation = getattr(module, function, None)
+    if not callable(activation):
+        raise ValueError(f"{file} has no function {function}")
+    for z in torch.tensor([[.3, .1, -.1], [0., 0., 0.], [9., -9., 0.]]), torch.zeros(2, 4, 5), torch.randn(55):
+        for progress in (0.0, 0.5, 1.0):
+            try:
+                p = activation(z, progress)
+            except NotImplementedError as error:
+                raise ValueError(f"{name} is not solved yet: {error}") from error
+            except Exception as error:
+                raise ValueError(f"{name} fails as f(logits of shape {tuple(z.shape)}, {progress}): "
+                                 f"{type(error).__name__}: {error}") from error
+            complaint = off_simplex(z, p)
+            if complaint:
+                raise ValueError(f"{name} at progress {progress}: {complaint}")
+    return activation
+
+
+def off_simplex(z, p, tolerance=1e-4):
+    """What keeps p from being weights for the logits z, in words; None if nothing does."""
+    if not isinstance(p, torch.Tensor):
+        return f"the result is no tensor but a {type(p).__name__}"
+    if p.shape != z.shape:
+        return f"the result has shape {tuple(p.shape)}, the logits have {tuple(z.shape)}"
+    if p.dtype != z.dtype:
+        return f"the result is {p.dtype}, the logits are {z.dtype}"
+    rows, inputs = p.detach().reshape(-1, p.shape[-1]), z.detach().reshape(-1, p.shape[-1])
+    for i, (row, z) in enumerate(zip(rows.tolist(), inputs.tolist())):
+        short = [round(value, 4) for value in z[:6]]
+        for value in row:
+            if not 0 <= value <= 1 + tolerance:                         # NaN fails too
+                return f"row {i}, logits {short}, has the weight {value:.6g}, which is not in [0, 1]"
+        if abs(sum(row) - 1) > tolerance:
+            return f"row {i}, logits {short}, sums to {sum(row):.6g}, not 1"
+    return None
 
 
 # ---------------------------------------------------------------- pictures, for three candidates

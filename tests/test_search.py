@@ -256,7 +256,7 @@ def test_budgets_are_read(text, value):
     ("--budget 0", "0"), ("--rate 2", "not a learning rate"), ("--rate fast", "fast"), ("--budget banana", "banana"), ("--budget -1G", "budget"), ("--budget nan", "nan"),
     ("--budget 1M", "the smallest of this space has"), ("--budget 900G", "the largest of this space has"),
     ("--data nowhere", "nowhere is not a folder"), ("--data {empty}", "no usable photograph"),
-    ("--device cuda:99", "--device cuda:99"), ("--device gpu", "--device gpu"), ("--activation relu", "relu"),
+    ("--device cuda:99", "--device cuda:99"), ("--device gpu", "--device gpu"), ("--activation relu", "relu"), ("--activation no.py:f", "there is no file no.py"),
     ("--channels 20", "multiple of 8"), ("--out {full}", "not empty"), ("--resume", "no run to resume")])
 def test_bad_command_lines_say_so_in_one_line(tmp_path, capsys, options, message):
     (tmp_path / "empty").mkdir()

@@ -1,0 +1,39 @@
+"""Your maps onto the simplex; the tasks are in 6_assignment.ipynb.
+
+Each is f(logits (..., K), progress in [0, 1]) -> weights (..., K). Search with one by
+
+    python search.py --scale 2 --activation notebooks/my_map.py:my_map
+
+`promises` says what a map claims beyond being one; what it does not claim is not checked. "deterministic": the same weights
+at each call. "exact gradient": autograd's gradient is the map's own. "one-hot at progress 1". "thaws" is explained in task 3.
+"""
+import torch
+
+
+def annealed_softmax(logits, progress=0.0, dim=-1):
+    """Task 1: the weights that maximise <p, logits> + T * entropy(p), with the temperature T = 0.01 ** progress."""
+    raise NotImplementedError("task 1, annealed_softmax")
+
+
+annealed_softmax.promises = {"deterministic", "exact gradient"}
+
+
+def entmax15_row(z):
+    """Task 2a: entmax-1.5 of one row of logits, (K,) -> (K,)."""
+    raise NotImplementedError("task 2, entmax15_row")
+
+
+def entmax15(logits, progress=0.0, dim=-1):
+    """Task 2b: the same for all rows at once, without a loop. It has no schedule: progress is ignored."""
+    raise NotImplementedError("task 2, entmax15")
+
+
+entmax15.promises = {"deterministic", "exact gradient"}
+
+
+def my_map(logits, progress=0.0, dim=-1):
+    """Task 3: a map of your own that ends in a decision."""
+    raise NotImplementedError("task 3, my_map")
+
+
+my_map.promises = {"deterministic", "exact gradient", "one-hot at progress 1", "thaws"}

@@ -1,0 +1,127 @@
+"""Every map of sparsestmax.py keeps what it promises; the assignment's checks; and nothing else turns logits into weights."""
+import ast
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+import checks
+from sparsestmax import ACTIVATIONS, get_activation
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("name, law", [(name, law) for name, f in ACTIVATIONS.items() for law in checks.laws_of(f)])
+def test_every_map_keeps_the_laws_and_its_promises(name, law):
+    checks.laws_of(ACTIVATIONS[name])[law](ACTIVATIONS[name])
+
+
+# --- The checks find what is wrong ---
+
+def broken(f, *promises):
+    f.promises = {"deterministic", *promises}
+    return f
+
+
+@pytest.mark.parametrize("law, f", [
+    ("on the simplex", broken(lambda z, progress: z.softmax(-1) * 1.01)),
+    ("on the simplex", broken(lambda z, progress: z)),
+    ("leading shapes", broken(lambda z, progress: z.flatten().softmax(-1).reshape(z.shape) if z.dim() < 2 else z.softmax(0))),
+    ("permutation", broken(lambda z, progress: (z + torch.arange(z.shape[-1])).softmax(-1))),
+    ("shift", broken(lambda z, progress: (z ** 3).softmax(-1))),
+    ("order", broken(lambda z, progress: (-z).softmax(-1))),
+    ("one-hot at progress 1", broken(lambda z, progress: z.softmax(-1), "one-hot at progress 1")),
+    ("exact gradient", broken(lambda z, progress: z.detach().softmax(-1) + 0 * z, "exact gradient")),
+    ("thaws", broken(lambda z, progress: ACTIVATIONS["sparsestmax"](z, progress), "thaws"))])       # its last two lock
+def test_a_broken_map_is_found(law, f):
+    with pytest.raises(checks.Failed, match="(?s)input.*yours.*expected"):
+        checks.laws_of(f)[law](f)
+
+
+# --- FILE.py:FUNCTION ---
+
+def test_a_map_from_a_file(tmp_path):
+    (tmp_path / "maps.py").write_text("def f(logits, progress, dim=-1):\n    return logits.softmax(dim)\n")
+    f = get_activation(f"{tmp_path}/maps.py:f")
+    assert torch.equal(f(torch.zeros(4), 0.5), torch.full((4,), 0.25))
+
+
+@pytest.mark.parametrize("body, message", [
+    (None, "there is no file"), ("def g(z, progress): return z", "has no function f"), ("f = 3", "has no function f"),
+    ("import nothing_like_this", "ModuleNotFoundError"), ("def f(:", "SyntaxError"),
+    ("def f(z): return z.softmax(-1)", r"fails as f\(logits of shape \(3, 3\), 0.0\): TypeError"),
+    ("def f(z, progress): raise NotImplementedError('task 3')", "not solved yet: task 3"),
+    ("def f(z, progress): return 1", "no tensor but a int"), ("def f(z, progress): return z.sum(-1)", r"shape \(3,\)"),
+    ("def f(z, progress): return z.softmax(-1).double()", "float64"),
+    ("def f(z, progress): return z", r"row 0, logits \[0.3, 0.1, -0.1\], has the weight -0.1"),
+    ("def f(z, progress): return z.softmax(-1) / 2", r"row 0, .* sums to 0.5"),
+    ("def f(z, progress): return z.softmax(-1) / (z - z)", "weight inf")])
+def test_what_is_no_map_is_refused_in_one_line(tmp_path, body, message):
+    if body:
+        (tmp_path / "maps.py").write_text(body)
+    with pytest.raises(ValueError, match=message) as error:
+        get_activation(f"{tmp_path}/maps.py:f")
+    assert "\n" not in str(error.value)
+
+
+# --- One call site ---
+
+NORMALISES = {"softmax", "log_softmax", "softmin", "gumbel_softmax", "sigmoid", "logsigmoid", "normalize", *ACTIVATIONS} - {"sparsestmax"}
+MAY_TOUCH_LOGITS = {"__init__", "logits", "weights", "order_loss_released", "inherit"}
+
+
+@pytest.mark.parametrize("module", ["search_space", "supernet", "search", "evaluate"])
+def test_nobody_else_turns_logits_into_weights(module):
+    """Elsewhere nothing normalises, raw logits are not touched (no argmax of them, then), and one line calls the activation."""
+    tree = ast.parse((ROOT / f"{module}.py").read_text())
+    sites = 0
+    for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+        for node in ast.walk(function):
+            if isinstance(node, ast.Call):
+                name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+                assert name not in NORMALISES, f"{module}.{function.name} calls {name}"
+            if isinstance(node, ast.Attribute):
+                owner = ast.unparse(node.value)
+                if node.attr in ("gamma", "alpha", "beta") and owner in ("self", "net", "self.supernet", "run.supernet"):
+                    assert function.name in MAY_TOUCH_LOGITS, f"{module}.{function.name} reads raw logits"
+                if node.attr == "activation" and owner == "self" and function.name not in ("__init__", "read"):
+                    sites += 1
+                    assert function.name == "weights"
+    assert sites == (module == "supernet")
+
+
+# --- The assignment: `pytest -m task1`, task2, task3. Not part of the plain `pytest`. ---
+
+spec = importlib.util.spec_from_file_location("my_map", ROOT / "notebooks/my_map.py")
+mine = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(mine)
+
+# p maximises <p, z> + T H(p): its slope vanishes where p_k = exp((z_k - tau) / T)
+annealed = checks.against(lambda z, tau, progress: ((z - tau) / 0.01 ** progress).clamp(max=50).exp(), "the maximum of <p, z> + T H(p), T = 0.01 ** progress")
+# p maximises <p, z> + 4/3 sum_k (p_k - p_k^1.5): its slope vanishes, or p_k is 0, where p_k = max(z_k / 2 - tau, 0)^2
+tsallis = checks.against(lambda z, tau, progress: (z / 2 - tau).clamp(min=0) ** 2, "the maximum of <p, z> + 4/3 sum (p - p^1.5)")
+
+
+@pytest.mark.task1
+@pytest.mark.parametrize("law", [*checks.laws_of(mine.annealed_softmax), "specification"])
+def test_task1(law):
+    (checks.laws_of(mine.annealed_softmax) | {"specification": annealed})[law](mine.annealed_softmax)
+
+
+@pytest.mark.task2
+def test_task2_one_row():
+    rows = lambda z, progress: torch.stack([mine.entmax15_row(row) for row in z.reshape(-1, z.shape[-1])]).reshape(z.shape)
+    tsallis(rows)
+
+
+@pytest.mark.task2
+@pytest.mark.parametrize("law", [*checks.laws_of(mine.entmax15), "specification", "no loop"])
+def test_task2(law):
+    (checks.laws_of(mine.entmax15) | {"specification": tsallis, "no loop": checks.no_loop})[law](mine.entmax15)
+
+
+@pytest.mark.task3
+@pytest.mark.parametrize("law", checks.laws_of(mine.my_map))
+def test_task3(law):
+    checks.laws_of(mine.my_map)[law](mine.my_map)
