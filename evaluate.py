@@ -29,6 +29,7 @@ Commands, all of them for a laptop's CPU (RUN is a folder that search.py has wri
                                                               # and crops_Set5.png, ... in RUN
     python evaluate.py RUN --benchmark data                   # the same for all sets in data (data/Set5/HR, ...)
     python evaluate.py RUN --upscale photo.jpg -o large.png   # enlarge your own picture, of any size
+    python evaluate.py --compare RUN RUN RUN ...              # activations over seeds: a table and comparison.png
 """
 
 import argparse
@@ -379,6 +380,82 @@ def draw_field(axis, scale, ours, against="multiply-adds"):
     axis.set(xscale="log", xlabel=unit, ylabel="PSNR-Y (dB) on Set5", title=f"x{scale}")
 
 
+# --- Activations compared: the report of the course ------------------------------------------------------------------
+def entropy(weights):
+    """Of each choice, in units of a choice among equals (1: undecided, 0: decided); (T, ..., K) -> mean over choices (T,)."""
+    p = weights.reshape(len(weights), -1, weights.shape[-1])
+    return -(p * np.log(np.maximum(p, 1e-30))).sum(-1).mean(-1) / math.log(p.shape[-1])
+
+
+def read_report(run):
+    """What a finished run's folder says of it; ValueError if it is none."""
+    run = Path(run)
+    try:
+        settings, results = (json.loads((run / name).read_text()) for name in ("settings.json", "results.json"))
+        quality = {"sample": results["sample"]}
+        if (run / "benchmark.json").exists():
+            quality = json.loads((run / "benchmark.json").read_text())
+        ours = {name: next(score["psnr"] for method, score in scores.items() if method != "bicubic")
+                for name, scores in quality.items()}
+        settings, hand_over = settings["settings"], results["hand_over"]
+        with np.load(run / "distributions.npz") as file:
+            over_time = {name: file[name] for name in ("steps", "gamma", "alpha", "beta")}
+    except (OSError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{run} is no finished run of search.py: {error}") from error
+    return dict(settings=settings, ours=ours, lost=hand_over["psnr_supernet"] - hand_over["psnr_network"],
+                cost=load_run(run).architecture.multiply_adds() / 1e9, seconds=sum(results["seconds"].values()), **over_time)
+
+
+def compare(runs, picture):
+    """A table with a row for each activation (mean and, over its seeds, standard deviation), and a figure over the search."""
+    groups = {}
+    for run in runs:
+        report = read_report(run)
+        groups.setdefault(report["settings"]["activation"], []).append(report)
+    first = next(iter(groups.values()))[0]
+    sets = [name for name in first["ours"] if all(name in r["ours"] for group in groups.values() for r in group)]
+    if not sets:
+        raise ValueError("the runs are not measured on the same photographs: --benchmark them all, or none")
+    for group in groups.values():
+        for report in group:
+            different = [f"--{name}" for name in ("scale", "budget", "steps", "search", "channels", "cells", "positions", "data")
+                         if report["settings"][name] != first["settings"][name]]
+            if different:
+                raise ValueError(f"the runs differ in more than activation and seed: {', '.join(different)}")
+
+    def spread(values):
+        return f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else "")
+    heads = ["activation", "seeds", *(f"{name} (dB)" for name in sets), "multiply-adds (G)", "lost by deciding (dB)", "minutes"]
+    lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
+    for name, group in groups.items():
+        columns = [[r["ours"][each] for r in group] for each in sets]
+        columns += [[r["cost"] for r in group], [r["lost"] for r in group], [r["seconds"] / 60 for r in group]]
+        lines.append(f"| {name} | {len(group)} | " + " | ".join(map(spread, columns)) + " |")
+    print(f"x{first['settings']['scale']}: mean ± standard deviation over seeds. Lost by deciding: PSNR on a batch of the supernet "
+          "as it stood, minus that of the network derived from it.\n\n" + "\n".join(lines))
+    if min(map(len, groups.values())) < 3:
+        print("\nFewer than three seeds of an activation: too few to tell a difference from chance.")
+
+    figure = Figure(figsize=(15, 7.5), layout="constrained")
+    axes = figure.subplots(2, 3, sharex=True)
+    styles = ["-", "--", ":", "-."]
+    for i, (name, group) in enumerate(groups.items()):
+        for column, level in zip(axes.T, ("gamma", "alpha", "beta")):
+            for k, r in enumerate(group):
+                look = dict(color=f"C{i}", linestyle=styles[i % 4], linewidth=1.5, label=name if k == 0 else None)
+                if r[level].size:                             # with one position there is no inner width
+                    column[0].plot(r["steps"], entropy(r[level]), **look)
+                    column[1].plot(r["steps"], (r[level] > 0).sum(-1).reshape(len(r["steps"]), -1).mean(-1), **look)
+    for column, title in zip(axes.T, ("network: exits", "cell: operations", "kernel: widths")):
+        column[0].set(title=title, ylim=(-0.03, 1.03))
+        column[1].set(xlabel="training step", ylim=0)
+    axes[0, 0].set_ylabel("entropy (1: undecided, 0: decided)")
+    axes[1, 0].set_ylabel("alive in a choice")
+    axes[0, 0].legend()
+    write_whole(picture, figure.savefig)
+    print(f"\nEntropy and live choices over the search: {picture}")
+
+
 # --- The command line -------------------------------------------------------------------------------------------------
 def run_benchmark(network, run, folders):
     """Print a table per set, and save the figures and the crops of the two photographs that gain most."""
@@ -427,16 +504,21 @@ def run_upscale(network, photo, output):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="evaluate.py", description="Measure a found network, or use it.")
-    parser.add_argument("run", metavar="RUN", help="folder written by search.py (architecture.json, network.pt)")
+    parser.add_argument("run", metavar="RUN", nargs="?", help="folder written by search.py (architecture.json, network.pt)")
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--benchmark", nargs="+", metavar="DIR", help="sets: photographs in DIR, DIR/HR or DIR/*/HR")
     task.add_argument("--upscale", metavar="PHOTO", help="picture to enlarge")
+    task.add_argument("--compare", nargs="+", metavar="RUN", help="activations: a table, and a figure (-o, else comparison.png)")
     parser.add_argument("-o", "--output", metavar="FILE", help=f"where --upscale writes ({' '.join(OUTPUTS)})")
     parser.add_argument("--device", default="cpu", help="where the network runs (default: cpu, for figures that repeat)")
     args = parser.parse_args(argv)
-    if bool(args.upscale) != bool(args.output):
+    if args.compare is None and bool(args.upscale) != bool(args.output):
         parser.error("--upscale PHOTO and -o FILE go together")
+    if (args.run is None) != bool(args.compare):
+        parser.error("name one RUN" if args.run is None else "the runs to compare stand behind --compare")
     try:
+        if args.compare:
+            return compare(args.compare, Path(args.output or "comparison.png"))
         network = load_run(args.run)
         try:
             network.to(args.device)

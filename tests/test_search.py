@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+import evaluate
 import search
 from evaluate import degrade, load_run
 from search_space import OPERATIONS, Network
@@ -333,3 +334,23 @@ def test_a_step_waits_for_the_gpu_once_at_most(photos, tmp_path):
             torch.cuda.set_sync_debug_mode("default")
         waits.append(sum("synchronizing CUDA operation" in str(warning.message) for warning in caught))
     assert waits[0] <= 1 and waits[1] == 0
+
+
+def test_runs_are_compared(tmp_path, photos, capsys):
+    runs = [run(tmp_path / f"{activation}{seed}", "--data", photos, "--budget", "2G", "--activation", activation, "--seed", seed)
+            for activation in ("softmax", "sparsestmax") for seed in (0, 1)]
+    capsys.readouterr()
+    evaluate.main(["--compare", *map(str, runs), "-o", str(tmp_path / "c.png")])
+    out = capsys.readouterr().out
+    rows = {line.split(" | ")[0]: line.split(" | ")[1:] for line in out.splitlines() if line.startswith("| s")}
+    lost = [json.loads((r / "results.json").read_text())["hand_over"] for r in runs[:2]]
+    lost = [each["psnr_supernet"] - each["psnr_network"] for each in lost]
+    assert rows["| softmax"][0] == "2" and rows["| softmax"][3] == f"{np.mean(lost):.2f} ± {np.std(lost, ddof=1):.2f}"
+    assert rows["| sparsestmax"][0] == "2" and "Fewer than three seeds" in out
+    assert Image.open(tmp_path / "c.png").size[0] > 1000
+    for arguments, message in [(["--compare", str(tmp_path)], "no finished run"),
+                               (["--compare", *map(str, runs[:1]), str(run(tmp_path / "x3", "--scale", 3, "--budget", "1.6G"))], "--scale"),
+                               (["x", "--compare", "y"], "behind --compare"), (["--benchmark", "x"], "name one RUN")]:
+        with pytest.raises(SystemExit) as stop:
+            evaluate.main(arguments)
+        assert stop.value.code == 2 and message in capsys.readouterr().err
