@@ -66,10 +66,12 @@ def seeded(f):
 def on_the_simplex(f):
     for z, progress in cases():
         for dtype, tolerance in (torch.float64, 1e-9), (torch.float32, 1e-5), (torch.bfloat16, 0.02):
-            complaint = off_simplex(z.to(dtype), f(z.to(dtype), progress), tolerance)
+            p = f(z.to(dtype), progress)
+            complaint = off_simplex(z.to(dtype), p, tolerance)
             if complaint:
-                raise Failed(f"weights are not negative, and sum to 1 ({dtype}): {complaint}", z, progress,
-                             f(z.to(dtype), progress), "a point of the simplex")
+                row = int(complaint.split()[1].rstrip(",")) if complaint.startswith("row") else slice(None)
+                raise Failed(f"weights are not negative, and sum to 1 ({dtype}): {complaint}", z[row], progress,
+                             p[row] if isinstance(p, torch.Tensor) and p.shape == z.shape else p, "a point of the simplex")
 
 
 def one_candidate_has_all_the_weight(f):
