@@ -378,6 +378,10 @@ def draw_field(axis, scale, ours, against="multiply-adds"):
     unit = ("thousands of parameters", "multiply-adds (G) for a 1280x720 output")[column]
     axis.margins(0.12)
     axis.set(xscale="log", xlabel=unit, ylabel="PSNR-Y (dB) on Set5", title=f"x{scale}")
+    low, high = axis.get_xlim()
+    ticks = [k * 10 ** e for e in range(5) for k in (1, 2, 5) if low < k * 10 ** e < high]
+    axis.set_xticks(ticks, ticks)
+    axis.minorticks_off()
 
 
 # --- Activations compared: the report of the course ------------------------------------------------------------------
