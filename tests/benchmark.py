@@ -105,39 +105,51 @@ def become_network(run, architecture=None):
     return run
 
 
-def weights_half(run, progress, dense=False):
+def evaluated(run, how: str):
+    """Let `run`'s supernet compute "ours": what is alive, "dense": all of every exit that the budget allows, or "tree": all."""
+    net = run.supernet
+    net.__dict__.pop("read", None)
+    if how != "ours":
+        read = net.read
+
+        def read_all(weights):
+            live = read(weights, dense=True)
+            if how == "dense":
+                live.gamma[~net.allowed.cpu().numpy()] = 0
+            return live
+        net.read = read_all
+
+
+def weights_half(run, progress, how="ours"):
     """The half of a search step that trains the weights: what a step of the lone network is to be compared with."""
-    net = run.supernet
+    evaluated(run, how)
     with torch.no_grad():
-        weights = net.weights(progress)
-    run.descend(run.optimiser, run.loss(net, run.whole, weights, net.read(weights, dense)))
+        weights = run.supernet.weights(progress)
+    run.descend(run.optimiser, run.loss(run.supernet, run.whole, weights))
 
 
-def whole_step(run, progress, dense=False):
+def whole_step(run, progress, how="ours"):
     """A step of the search: weights, then logits."""
-    net = run.supernet
-    if dense:
-        read, net.read = net.read, partial(net.read, dense=True)
+    evaluated(run, how)
     run.search_step(progress)
-    if dense:
-        net.read = read
 
 
 def step_times(settings, pairs, rounds):
     run, lone = make_run(settings, pairs), become_network(make_run(settings, pairs))
     contenders = {"derived network, a training step": lone.training_step}
     for name, step in ("weights only", weights_half), ("whole step", whole_step):
-        contenders[f"dense, {name}"] = partial(step, run, PROGRESS[0], True)
+        contenders[f"the whole tree, {name}"] = partial(step, run, PROGRESS[0], "tree")
+        contenders[f"dense, {name}"] = partial(step, run, PROGRESS[0], "dense")
         contenders |= {f"ours at progress {p}, {name}": partial(step, run, p) for p in PROGRESS}
     seconds = race(contenders, rounds)
     rows = ["| step | median | quartiles | x derived network | x dense |", "|---|---:|---:|---:|---:|"]
     for name, s in seconds.items():
-        dense = seconds["dense, whole step" if "whole" in name else "dense, weights only"]
+        dense = seconds["dense, whole step" if "whole step" in name else "dense, weights only"]
         rows.append(f"| {name} | {in_words(s, seconds['derived network, a training step'])} | "
                     f"{np.median(s) / np.median(dense):.2f} |")
     live = {p: live_choices(run.supernet.weights(p)) for p in PROGRESS}
-    rows.append("\nAlive (exits, operations, widths): " + "; ".join(
-        f"{p}: {e}, {o:.1f}, {w:.1f}" for p, (e, o, w) in live.items()) + ".")
+    rows.append("\nDense: all of every exit that the budget allows; the whole tree: of those that it forbids, too. Alive (exits, "
+                "operations, widths): " + "; ".join(f"{p}: {e}, {o:.1f}, {w:.1f}" for p, (e, o, w) in live.items()) + ".")
     return rows
 
 
@@ -145,7 +157,7 @@ def memory(settings, pairs):
     rows = ["| step | peak memory above the model's own |", "|---|---:|"]
     run, lone = make_run(settings, pairs), become_network(make_run(settings, pairs))
     run.search_step(1.0)                                       # gradients and moments of weights are there by now
-    contenders = {"dense, whole step": partial(whole_step, run, PROGRESS[0], True)}
+    contenders = {"dense, whole step": partial(whole_step, run, PROGRESS[0], "dense")}
     contenders |= {f"ours at progress {p}, whole step": partial(whole_step, run, p) for p in PROGRESS}
     contenders["derived network, a training step"] = lone.training_step
     for name, action in contenders.items():
@@ -160,7 +172,9 @@ def whole_run(settings, pairs):
     for logits in run.supernet.logits():                       # no leaning: a search as search.py does it
         torch.nn.init.normal_(logits, std=1e-3)
     run.run()
-    alone = become_network(make_run(argparse.Namespace(**vars(settings) | dict(search=0)), pairs), run.network.architecture)
+    longer = argparse.Namespace(**vars(settings) | dict(steps=settings.steps + settings.search))
+    alone = become_network(make_run(longer, pairs), run.network.architecture)
+    alone.step = settings.search                               # the search is behind it; `steps` steps of training are left
     alone.run()
     together, training = sum(run.seconds.values()), alone.seconds["training"]
     return ["| run | seconds | x training alone |", "|---|---:|---:|",

@@ -4,7 +4,9 @@ Each check takes a map f(logits, progress) and raises Failed, which prints input
 a map must be is said by laws, or by the optimisation problem that defines it, solved slowly.
 TRILEVEL_GRADE_SEED changes all seeds and shapes, so that a class can be graded on cases it has not seen.
 """
+import builtins
 import os
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -181,37 +183,39 @@ def laws_of(f):
     return LAWS | (OF_THE_DETERMINISTIC if "deterministic" in promises else {}) | {k: v for k, v in PROMISED.items() if k in promises}
 
 
-def check(f, **more):
-    """All laws, and `more` checks (name=function of f); stops at the first failure, with a picture of the map if it can be drawn."""
-    for name, law in (laws_of(f) | more).items():
+def hold(f, name, law):
+    """Check one law; if it fails, draw the map as well."""
+    try:
+        law(f)
+    except Failed:
         try:
-            law(f)
-        except Failed:
-            try:
-                draw(f)
-            except Exception:                                  # a map that fails may fail here too
-                pass
-            raise
+            draw(f, name)
+        except Exception:                                      # a map that fails may fail here too
+            pass
+        raise
+
+
+def check(f, **more):
+    """All laws, and `more` checks (name=function of f); stops at the first that fails."""
+    for name, law in (laws_of(f) | more).items():
+        hold(f, name, law)
         print("passed:", name)
 
 
-def draw(f):
-    """The map on the triangle at three moments: in a notebook below the cell, else as my_map.png in the working folder's runs/."""
+def draw(f, law):
+    """The map on the triangle at three moments: in a notebook below the cell, else as a file in runs/."""
     figure = Figure(figsize=(13, 4.6), layout="constrained")
     for axis, progress in zip(figure.subplots(1, 3), (0.0, 0.5, 0.9)):
         draw_map(axis, f, progress)
         axis.set_title(f"{f.__name__} at progress {progress}")
-    try:
-        get_ipython()                                          # noqa: F821, defined in notebooks only
-        from io import BytesIO
-
+    if "get_ipython" in vars(builtins):                        # a notebook
         from IPython.display import Image, display
         figure.savefig(buffer := BytesIO(), dpi=65)
         display(Image(buffer.getvalue()))
-    except NameError:
+    else:
         Path("runs").mkdir(exist_ok=True)
-        figure.savefig("runs/my_map.png")
-        print("the map is drawn in runs/my_map.png")
+        figure.savefig(path := Path("runs") / f"failed {law}.png")
+        print(f"the map is drawn in {path}")
 
 
 # --- The tasks' specifications: what is to be solved, solved slowly ------------------------------------------------

@@ -39,6 +39,14 @@ def test_a_broken_map_is_found(law, f):
         checks.laws_of(f)[law](f)
 
 
+def test_a_failure_is_drawn(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    f = broken(lambda z, progress: (-z).softmax(-1))
+    with pytest.raises(checks.Failed):
+        checks.check(f)
+    assert (tmp_path / "runs" / "failed order.png").stat().st_size > 10_000 and "passed: shift" in capsys.readouterr().out
+
+
 # --- FILE.py:FUNCTION ---
 
 def test_a_map_from_a_file(tmp_path):
@@ -106,7 +114,7 @@ tsallis = checks.against(lambda z, tau, progress: (z / 2 - tau).clamp(min=0) ** 
 @pytest.mark.task1
 @pytest.mark.parametrize("law", [*checks.laws_of(mine.annealed_softmax), "specification"])
 def test_task1(law):
-    (checks.laws_of(mine.annealed_softmax) | {"specification": annealed})[law](mine.annealed_softmax)
+    checks.hold(mine.annealed_softmax, law, (checks.laws_of(mine.annealed_softmax) | {"specification": annealed})[law])
 
 
 @pytest.mark.task2
@@ -118,10 +126,10 @@ def test_task2_one_row():
 @pytest.mark.task2
 @pytest.mark.parametrize("law", [*checks.laws_of(mine.entmax15), "specification", "no loop"])
 def test_task2(law):
-    (checks.laws_of(mine.entmax15) | {"specification": tsallis, "no loop": checks.no_loop})[law](mine.entmax15)
+    checks.hold(mine.entmax15, law, (checks.laws_of(mine.entmax15) | {"specification": tsallis, "no loop": checks.no_loop})[law])
 
 
 @pytest.mark.task3
 @pytest.mark.parametrize("law", checks.laws_of(mine.my_map))
 def test_task3(law):
-    checks.laws_of(mine.my_map)[law](mine.my_map)
+    checks.hold(mine.my_map, law, checks.laws_of(mine.my_map)[law])
