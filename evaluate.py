@@ -362,13 +362,14 @@ PUBLISHED = {
         "DLSR tiny": (56, 12.1, 37.71, 33.26, 31.98), "PAN": (261, 71, 38.00, 33.59, 32.18),
         "SAFMN": (228, 52, 38.00, 33.54, 32.16), "DLSR": (328, 68, 38.04, 33.62, 32.23),
         "IMDN": (694, 159, 38.00, 33.63, 32.19), "FALSR-A": (1021, 235, 37.82, 33.55, 32.12)},
-    3: {"SAFMN": (233, 23, 34.34, 30.33, 29.08), "PAN": (261, 39, 34.40, 30.36, 29.11), "IMDN": (703, 72, 34.36, 30.32, 29.09)},
+    3: {"SAFMN": (233, 23, 34.34, 30.33, 29.08), "PAN": (261, 39, 34.40, 30.36, 29.11),
+        "IMDN": (703, 72, 34.36, 30.32, 29.09)},
     4: {"FSRCNN": (12, 4.6, 30.71, 27.59, 26.98), "SAFMN": (240, 14, 32.18, 28.60, 27.58),
         "PAN": (272, 28, 32.13, 28.61, 27.59), "IMDN": (715, 41, 32.21, 28.58, 27.56)}}
 
 
 def draw_field(axis, scale, ours, against="multiply-adds"):
-    """PSNR-Y on Set5 against cost, among published networks. ours: {name: (thousands of parameters, 1e9 multiply-adds, dB)}."""
+    """PSNR-Y on Set5 against cost, with PUBLISHED. ours: {name: (thousands of parameters, 1e9 multiply-adds, dB)}."""
     column = ("parameters", "multiply-adds").index(against)
     for points, marker, colour in (PUBLISHED[scale], "o", "#999999"), (ours, "*", "#D55E00"):
         for i, (name, numbers) in enumerate(sorted(points.items(), key=lambda point: point[1][column])):
@@ -386,7 +387,7 @@ def draw_field(axis, scale, ours, against="multiply-adds"):
 
 # --- Activations compared: the report of the course ------------------------------------------------------------------
 def entropy(weights):
-    """Of each choice, in units of a choice among equals (1: undecided, 0: decided); (T, ..., K) -> mean over choices (T,)."""
+    """Mean over all choices, in units of a choice among equals (1: undecided, 0: decided); (T, ..., K) -> (T,)."""
     p = weights.reshape(len(weights), -1, weights.shape[-1])
     return -(p * np.log(np.maximum(p, 1e-30))).sum(-1).mean(-1) / math.log(p.shape[-1])
 
@@ -406,12 +407,13 @@ def read_report(run):
             over_time = {name: file[name] for name in ("steps", "gamma", "alpha", "beta")}
     except (OSError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{run} is no finished run of search.py: {error}") from error
-    return dict(settings=settings, ours=ours, lost=hand_over["psnr_supernet"] - hand_over["psnr_network"],
-                cost=load_run(run).architecture.multiply_adds() / 1e9, seconds=sum(results["seconds"].values()), **over_time)
+    cost = load_run(run).architecture.multiply_adds() / 1e9
+    return dict(settings=settings, ours=ours, lost=hand_over["psnr_supernet"] - hand_over["psnr_network"], cost=cost,
+                seconds=sum(results["seconds"].values()), **over_time)
 
 
 def compare(runs, picture):
-    """A table with a row for each activation (mean and, over its seeds, standard deviation), and a figure over the search."""
+    """A table with a row for each activation (mean and standard deviation over its seeds), and a figure."""
     groups = {}
     for run in runs:
         report = read_report(run)
@@ -422,21 +424,22 @@ def compare(runs, picture):
         raise ValueError("the runs are not measured on the same photographs: --benchmark them all, or none")
     for group in groups.values():
         for report in group:
-            different = [f"--{name}" for name in ("scale", "budget", "steps", "search", "channels", "cells", "positions", "data")
-                         if report["settings"][name] != first["settings"][name]]
+            different = [f"--{name}" for name, value in first["settings"].items()
+                         if name not in ("activation", "seed", "device") and report["settings"][name] != value]
             if different:
                 raise ValueError(f"the runs differ in more than activation and seed: {', '.join(different)}")
 
     def spread(values):
         return f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else "")
-    heads = ["activation", "seeds", *(f"{name} (dB)" for name in sets), "multiply-adds (G)", "lost by deciding (dB)", "minutes"]
+    heads = ["activation", "seeds", *(f"{name} (dB)" for name in sets), "multiply-adds (G)", "lost by deciding (dB)",
+             "minutes"]
     lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
     for name, group in groups.items():
         columns = [[r["ours"][each] for r in group] for each in sets]
         columns += [[r["cost"] for r in group], [r["lost"] for r in group], [r["seconds"] / 60 for r in group]]
         lines.append(f"| {name} | {len(group)} | " + " | ".join(map(spread, columns)) + " |")
-    print(f"x{first['settings']['scale']}: mean ± standard deviation over seeds. Lost by deciding: PSNR on a batch of the supernet "
-          "as it stood, minus that of the network derived from it.\n\n" + "\n".join(lines))
+    print(f"x{first['settings']['scale']}: mean ± standard deviation over seeds. Lost by deciding: PSNR on a batch of the "
+          "supernet as it stood, minus that of the network derived from it.\n\n" + "\n".join(lines))
     if min(map(len, groups.values())) < 3:
         print("\nFewer than three seeds of an activation: too few to tell a difference from chance.")
 
@@ -512,7 +515,7 @@ def main(argv=None):
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--benchmark", nargs="+", metavar="DIR", help="sets: photographs in DIR, DIR/HR or DIR/*/HR")
     task.add_argument("--upscale", metavar="PHOTO", help="picture to enlarge")
-    task.add_argument("--compare", nargs="+", metavar="RUN", help="activations: a table, and a figure (-o, else comparison.png)")
+    task.add_argument("--compare", nargs="+", metavar="RUN", help="activations: a table and a figure (comparison.png, or -o)")
     parser.add_argument("-o", "--output", metavar="FILE", help=f"where --upscale writes ({' '.join(OUTPUTS)})")
     parser.add_argument("--device", default="cpu", help="where the network runs (default: cpu, for figures that repeat)")
     args = parser.parse_args(argv)

@@ -408,10 +408,10 @@ def from_plane(xy):
 def draw_triangle(axis, progress=0.0):
     """The simplex, its centre, and the ball that sparsestmax forbids at this progress, on matplotlib's `axis`."""
     corners = to_plane(torch.eye(3))
-    axis.plot(*corners[[0, 1, 2, 0]].T, color="black", linewidth=1.5)
+    axis.plot(*corners[[0, 1, 2, 0]].T.numpy(), color="black", linewidth=1.5)
     angles = torch.linspace(0, 6.2832, 200)
     radius = progress * (2 / 3) ** 0.5
-    axis.plot(radius * angles.cos(), radius * angles.sin(), color="black", linestyle="--", linewidth=1)
+    axis.plot(*(radius * torch.stack([angles.cos(), angles.sin()])).numpy(), color="black", linestyle="--", linewidth=1)
     axis.plot(0, 0, "+", color="black")
     for k, (x, y) in enumerate(corners.tolist()):
         axis.annotate(f"$e_{k + 1}$", (x, y), (x * 1.16, y * 1.16), ha="center", va="center", fontsize=12)
@@ -427,10 +427,10 @@ def draw_map(axis, activation, progress=0.0, reach=1.3):
         alive = (activation(from_plane(xy), progress) > 0).sum(-1)      # (241, 241)
         points = xy[8::15, 8::15].reshape(-1, 2)
         images = to_plane(activation(from_plane(points), progress))
-    axis.imshow(alive, origin="lower", extent=(-reach, reach) * 2, cmap="Greys", vmin=-1, vmax=7)
+    axis.imshow(alive.numpy(), origin="lower", extent=(-reach, reach) * 2, cmap="Greys", vmin=-1, vmax=7)
     threads = torch.stack([points, images], 1)                          # (points, 2 ends, 2)
-    axis.plot(*threads.permute(2, 1, 0), color="#56B4E9", linewidth=0.6, alpha=0.8)
-    axis.plot(*images.T, "o", color="#0072B2", markersize=3)
+    axis.plot(*threads.permute(2, 1, 0).numpy(), color="#56B4E9", linewidth=0.6, alpha=0.8)
+    axis.plot(*images.T.numpy(), "o", color="#0072B2", markersize=3)
     draw_triangle(axis, progress if activation.__name__.startswith("sparsest") else 0.0)
     axis.set(xlim=(-reach, reach), ylim=(-reach, reach))
 

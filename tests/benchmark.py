@@ -199,7 +199,8 @@ def maps(rounds, device):
         z = torch.randn(shape, device=device, requires_grad=True)
         g = torch.randn(shape, device=device)
         row_by_row = {name: lambda f=f: f(z).backward(g) for name, f in candidates.items() if "row by" in name}
-        seconds = race({name: lambda f=f: f(z).backward(g) for name, f in candidates.items() if "row by" not in name}, 5 * rounds)
+        at_once = {name: lambda f=f: f(z).backward(g) for name, f in candidates.items() if "row by" not in name}
+        seconds = race(at_once, 5 * rounds)
         seconds |= race(row_by_row, min(rounds, 3))            # it takes a second
         for name, s in seconds.items():
             rows.append(f"| {name} | {shape} | {in_words(s, seconds['torch.softmax'])} |")
@@ -224,10 +225,10 @@ def main():
               f"{s['patch']}x{s['patch']}, budget {s['budget'] / 1e9:g}G, {'bfloat16' if s['bfloat16'] else 'float32'}\n",
               f"Python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
               f"{search.describe(settings)['hardware']} ({processor()}), {args.rounds} rounds.\n"]
-    for name, part in ("steps", lambda: step_times(settings, pairs, args.rounds)), ("memory", lambda: memory(settings, pairs)), \
-            ("maps", lambda: maps(args.rounds, settings.device)):
-        if name in args.parts:
-            report += [f"\n## {name}\n", *part()]
+    parts = {"steps": lambda: step_times(settings, pairs, args.rounds), "memory": lambda: memory(settings, pairs),
+             "maps": lambda: maps(args.rounds, settings.device)}
+    for name in args.parts:
+        report += [f"\n## {name}\n", *parts[name]()]
     if args.whole:
         report += ["\n## whole\n", *whole_run(settings, pairs)]
     text = "\n".join(report) + "\n"

@@ -1,7 +1,7 @@
 """What must hold for a map onto the simplex: for every entry of ACTIVATIONS, and for yours.
 
-Each check takes a map f(logits, progress) and raises Failed, which prints input / yours / expected. They hold no solutions: what
-a map must be is said by laws, or by the optimisation problem that defines it, solved slowly.
+Each check takes a map f(logits, progress) and raises Failed, which prints input / yours / expected. They hold no
+solutions: what a map must be is said by laws, or by the optimisation problem that defines it, solved slowly.
 TRILEVEL_GRADE_SEED changes all seeds and shapes, so that a class can be graded on cases it has not seen.
 """
 import builtins
@@ -22,7 +22,8 @@ PROGRESS = (0.0, 0.15, 0.4, 0.7, 0.95, 1.0)
 
 class Failed(AssertionError):
     def __init__(self, law, z, progress, yours, expected):
-        super().__init__(f"\n{law}\n  input     {shown(z)}, progress {progress}\n  yours     {shown(yours)}\n  expected  {shown(expected)}")
+        super().__init__(f"\n{law}\n  input     {shown(z)}, progress {progress}\n"
+                         f"  yours     {shown(yours)}\n  expected  {shown(expected)}")
 
 
 def shown(x):
@@ -30,8 +31,8 @@ def shown(x):
         return str(x)
     if x.numel() > 24:
         return f"{type(x).__name__} of shape {tuple(x.shape)}"
-    return str([[round(v, 5) for v in row] for row in x.detach().double().reshape(-1, x.shape[-1]).tolist()] if x.dim() > 1
-               else [round(v, 5) for v in x.detach().double().reshape(-1).tolist()])
+    rows = [[round(v, 5) for v in row] for row in x.detach().double().reshape(-1, x.shape[-1]).tolist()]
+    return str(rows if x.dim() > 1 else rows[0])
 
 
 def logits(seed, *shape, dtype=torch.float64):
@@ -44,7 +45,8 @@ def cases():
         for size in (1, 2, 3, 4 + SEED % 3, 9 + SEED % 7):
             for scale in (0.01, 0.5, 5.0):
                 yield scale * logits(100 * i + size, 4, size), progress
-        yield torch.tensor([[0., 0., 0.], [1., 1., 0.], [1., 1., 1 + 1e-9], [1e4, -1e4, 0.], [1e-5, 0., -1e-5]]).double(), progress
+        nasty = [[0., 0., 0.], [1., 1., 0.], [1., 1., 1 + 1e-9], [1e4, -1e4, 0.], [1e-5, 0., -1e-5]]
+        yield torch.tensor(nasty, dtype=torch.float64), progress
 
 
 def close(law, z, progress, yours, expected, tolerance):
@@ -102,7 +104,8 @@ def permutation(f):
     for seed in range(8):
         z, order = logits(seed, 6, 7), torch.randperm(7, generator=torch.Generator().manual_seed(seed))
         for progress in PROGRESS:
-            close("reordered logits give reordered weights", z[:, order], progress, f(z[:, order], progress), f(z, progress)[:, order], 1e-9)
+            yours, expected = f(z[:, order], progress), f(z, progress)[:, order]
+            close("reordered logits give reordered weights", z[:, order], progress, yours, expected, 1e-9)
 
 
 def shift(f):
@@ -111,7 +114,8 @@ def shift(f):
     for seed in range(8):
         z = logits(seed, 6, 5)
         for progress in PROGRESS:
-            close("a number added to all logits changes nothing", z + 3.25, progress, g(z + 3.25, progress), g(z, progress), 1e-7)
+            yours, expected = g(z + 3.25, progress), g(z, progress)
+            close("a number added to all logits changes nothing", z + 3.25, progress, yours, expected, 1e-7)
 
 
 def order(f):
@@ -122,7 +126,8 @@ def order(f):
         worse = p.diff(dim=-1).clamp(min=0)
         if (worse > 1e-9).any():
             row = int((worse > 1e-9).any(-1).nonzero()[0])
-            raise Failed("a larger logit has no smaller weight", ranked[row], progress, p[row], p[row].sort(descending=True).values)
+            raise Failed("a larger logit has no smaller weight", ranked[row], progress, p[row],
+                         p[row].sort(descending=True).values)
 
 
 def one_hot_at_the_end(f):
@@ -143,7 +148,8 @@ def gradient(f):
             except NotImplementedError:                        # which is a RuntimeError too
                 raise
             except RuntimeError as error:
-                raise Failed("autograd's gradient is the slope of the map", z, progress, str(error)[:600], "the numerical column") from None
+                raise Failed("autograd's gradient is the slope of the map", z, progress, str(error)[:600],
+                             "the numerical column") from None
 
 
 def finite_gradient(f):
@@ -166,8 +172,8 @@ def thaws(f):
                     raise Failed("the last two survivors still learn", z, progress, J, "d p_1 / d z_1 > 0 > d p_2 / d z_1")
 
 
-LAWS = {"on the simplex": on_the_simplex, "K = 1": one_candidate_has_all_the_weight, "leading shapes": leading_shapes, "shift": shift,
-        "finite gradient": finite_gradient}
+LAWS = {"on the simplex": on_the_simplex, "K = 1": one_candidate_has_all_the_weight, "leading shapes": leading_shapes,
+        "shift": shift, "finite gradient": finite_gradient}
 OF_THE_DETERMINISTIC = {"deterministic": deterministic, "permutation": permutation, "order": order}
 PROMISED = {"one-hot at progress 1": one_hot_at_the_end, "exact gradient": gradient, "thaws": thaws}
 
@@ -176,11 +182,13 @@ def laws_of(f):
     """{name: check} that a map must pass: those for all maps, and those for what it promises."""
     promises = getattr(f, "promises", None)
     if promises is None:
-        raise Failed(f"{f.__name__} says what it promises", "-", "-", "nothing", f'{f.__name__}.promises = {{"deterministic", ...}}')
+        raise Failed(f"{f.__name__} says what it promises", "-", "-", "nothing",
+                     f'{f.__name__}.promises = {{"deterministic", ...}}')
     unknown = promises - {"deterministic", *PROMISED}
     if unknown:
         raise Failed("promises that can be checked", "-", "-", unknown, {"deterministic", *PROMISED})
-    return LAWS | (OF_THE_DETERMINISTIC if "deterministic" in promises else {}) | {k: v for k, v in PROMISED.items() if k in promises}
+    promised = {name: law for name, law in PROMISED.items() if name in promises}
+    return LAWS | (OF_THE_DETERMINISTIC if "deterministic" in promises else {}) | promised
 
 
 def hold(f, name, law):
@@ -254,4 +262,5 @@ def no_loop(f):
             f(logits(3, rows, 6), 0.5)
         counts.append(count.calls)
     if counts[1] > counts[0]:
-        raise Failed("all rows at once, without a loop", "5 and 5000 rows", 0.5, f"{counts[0]} and {counts[1]} calls of torch", "equally many")
+        raise Failed("all rows at once, without a loop", "5 and 5000 rows", 0.5,
+                     f"{counts[0]} and {counts[1]} calls of torch", "equally many")

@@ -1,4 +1,4 @@
-"""Every map of sparsestmax.py keeps what it promises; the assignment's checks; and nothing else turns logits into weights."""
+"""Every map of sparsestmax.py keeps its promises; nothing else turns logits into weights; the assignment's tasks."""
 import ast
 import importlib.util
 from pathlib import Path
@@ -27,7 +27,7 @@ def broken(f, *promises):
 @pytest.mark.parametrize("law, f", [
     ("on the simplex", broken(lambda z, progress: z.softmax(-1) * 1.01)),
     ("on the simplex", broken(lambda z, progress: z)),
-    ("leading shapes", broken(lambda z, progress: z.flatten().softmax(-1).reshape(z.shape) if z.dim() < 2 else z.softmax(0))),
+    ("leading shapes", broken(lambda z, progress: z.softmax(-1) * (2 - len(z) / 5) if z.dim() == 2 else z.softmax(-1))),
     ("permutation", broken(lambda z, progress: (z + torch.arange(z.shape[-1])).softmax(-1))),
     ("shift", broken(lambda z, progress: (z ** 3).softmax(-1))),
     ("order", broken(lambda z, progress: (-z).softmax(-1))),
@@ -75,13 +75,13 @@ def test_what_is_no_map_is_refused_in_one_line(tmp_path, body, message):
 
 # --- One call site ---
 
-NORMALISES = {"softmax", "log_softmax", "softmin", "gumbel_softmax", "sigmoid", "logsigmoid", "normalize", *ACTIVATIONS} - {"sparsestmax"}
+NORMALISES = {"softmax", "log_softmax", "softmin", "gumbel_softmax", "sigmoid", "logsigmoid", "normalize", *ACTIVATIONS}
 MAY_TOUCH_LOGITS = {"__init__", "logits", "weights", "order_loss_released", "inherit"}
 
 
 @pytest.mark.parametrize("module", ["search_space", "supernet", "search", "evaluate"])
 def test_nobody_else_turns_logits_into_weights(module):
-    """Elsewhere nothing normalises, raw logits are not touched (no argmax of them, then), and one line calls the activation."""
+    """Nothing normalises, raw logits are not touched (no argmax of them, then), and one line calls the activation."""
     tree = ast.parse((ROOT / f"{module}.py").read_text())
     sites = 0
     for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
@@ -106,9 +106,11 @@ mine = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(mine)
 
 # p maximises <p, z> + T H(p): its slope vanishes where p_k = exp((z_k - tau) / T)
-annealed = checks.against(lambda z, tau, progress: ((z - tau) / 0.01 ** progress).clamp(max=50).exp(), "the maximum of <p, z> + T H(p), T = 0.01 ** progress")
+annealed = checks.against(lambda z, tau, progress: ((z - tau) / 0.01 ** progress).clamp(max=50).exp(),
+                          "the maximum of <p, z> + T H(p), T = 0.01 ** progress")
 # p maximises <p, z> + 4/3 sum_k (p_k - p_k^1.5): its slope vanishes, or p_k is 0, where p_k = max(z_k / 2 - tau, 0)^2
-tsallis = checks.against(lambda z, tau, progress: (z / 2 - tau).clamp(min=0) ** 2, "the maximum of <p, z> + 4/3 sum (p - p^1.5)")
+tsallis = checks.against(lambda z, tau, progress: (z / 2 - tau).clamp(min=0) ** 2,
+                         "the maximum of <p, z> + 4/3 sum (p - p^1.5)")
 
 
 @pytest.mark.task1
@@ -126,7 +128,8 @@ def test_task2_one_row():
 @pytest.mark.task2
 @pytest.mark.parametrize("law", [*checks.laws_of(mine.entmax15), "specification", "no loop"])
 def test_task2(law):
-    checks.hold(mine.entmax15, law, (checks.laws_of(mine.entmax15) | {"specification": tsallis, "no loop": checks.no_loop})[law])
+    more = {"specification": tsallis, "no loop": checks.no_loop}
+    checks.hold(mine.entmax15, law, (checks.laws_of(mine.entmax15) | more)[law])
 
 
 @pytest.mark.task3
