@@ -7,7 +7,8 @@
     torchrun --nproc-per-node 4 search.py --scale 4 ...   # the same run, each batch split over four GPUs
 
 Weights and architecture learn together (arXiv 2101.06658, section 3.3; first-order, as in DARTS, arXiv 1806.09055): a
-batch from one half of the photographs moves the weights, a batch from the other half moves the logits. Meanwhile
+batch from one half of the photographs moves the weights, a batch from the other half moves the logits (but for a short
+warm-up, in which only the weights learn: what random weights say of an architecture is noise). Meanwhile
 `progress` rises from 0 to 1 and sparsestmax turns ever more of the architecture's weights into exact zeros, whose
 branches are no longer computed. At progress 1 what is left *is* one network: it leaves the supernet with its
 weights and with Adam's memory of them, computes the same function, and the same loop goes on with all photographs.
