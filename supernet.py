@@ -222,7 +222,8 @@ class Supernet(nn.Module):
         numbers = torch.cat([w.detach().flatten() for w in parts]).cpu().numpy()                # one transfer for all
         if dense or getattr(self.activation, "dense", False):
             numbers = np.full_like(numbers, np.nan)
-        return Weights(*(n.reshape(w.shape) for n, w in zip(np.split(numbers, np.cumsum([w.numel() for w in parts])), parts)))
+        pieces = np.split(numbers, np.cumsum([w.numel() for w in parts[:-1]]))
+        return Weights(*(piece.reshape(w.shape) for piece, w in zip(pieces, parts)))
 
     def forward(self, x: torch.Tensor, weights: Weights, live: Weights | None = None) -> torch.Tensor:
         """(B, 3, h, w) -> (B, 3, scale h, scale w): the weighted sum of all exits.
