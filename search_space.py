@@ -27,7 +27,8 @@ network learns only what bicubic misses and starts from its quality; this conver
 networks below predate that habit: they end in (tanh + 1) / 2, kept as `output="tanh"`.
 
 *Cost.* One multiply-add (MAC) is counted per weight and pixel, biases and activations are free, and totals are
-for a 1280x720 *output*, as the field quotes them. Bicubic enlargement has no weights and is not counted.
+for a 1280x720 *output*, as the field quotes them. Bicubic enlargement has no weights and is not counted. Or cost is
+milliseconds for such an output, on the machine at hand: the two do not order networks alike (`Costs`).
 
     python search_space.py        # the published networks rebuilt, and how large the space is; seconds on any CPU
 """
@@ -37,14 +38,16 @@ import random
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import nn
+from torch.utils.benchmark import Timer
 
 OUTPUT_PIXELS = 1280 * 720                                     # the size for which multiply-adds are quoted
 UPSAMPLINGS = {2: (2,), 3: (3,), 4: (2, 2)}                    # scale -> the factors its "u"s enlarge by
-CHANNEL_LIMIT, PATH_LIMIT = 512, 64                            # refuse absurd files before memory is taken
+CHANNEL_LIMIT, PATH_LIMIT, CELL_LIMIT = 512, 64, 16            # refuse absurd files before memory is taken
 
 
 # --- Operations: the cell level's candidates -----------------------------------------------------------------------
@@ -160,8 +163,8 @@ class Space:
 
     def __post_init__(self):
         check_setting(self)
-        if self.cells < 1 or self.positions < 1:
-            raise ValueError(f"a space needs at least one cell and one position, not {self.cells} and {self.positions}")
+        if not (1 <= self.cells <= CELL_LIMIT and 1 <= self.positions <= CELL_LIMIT):
+            raise ValueError(f"a space has 1 to {CELL_LIMIT} cells and positions, not {self.cells} and {self.positions}")
 
     @cached_property
     def widths(self) -> tuple[int, ...]:
@@ -392,6 +395,117 @@ class Network(nn.Module):
         if self.architecture.output == "tanh":
             return (torch.tanh(y) + 1) / 2
         return y + enlarge(x, self.architecture.scale)
+
+
+# --- What the parts of a network cost ------------------------------------------------------------------------------
+# The search needs the cost of every candidate before it has any network, so a cost must be a sum over layers. For
+# multiply-adds it is one. For time nearly: what a layer takes depends a little on what lies in the cache before it, so a
+# table of milliseconds is scaled until it is right for whole networks.
+
+@dataclass
+class Costs:
+    """Parts' costs for a 1280x720 output, in one unit ("multiply-adds" or "ms").
+
+    A key of the dicts is the magnification: how many times larger than the LR image the features are that a part gives.
+    operations[m][k, i, j]: the k-th operation from the i-th to the j-th width. cell[m]: a cell beside its operations.
+    up[m]: one upsampling. tail[m]: an exit, with the enlargement of the input. head: the first convolution.
+    """
+    unit: str
+    operations: dict[int, np.ndarray]
+    cell: dict[int, float]
+    up: dict[int, float]
+    tail: dict[int, float]
+    head: float
+
+
+def magnifications(space: Space) -> list[int]:
+    return sorted({magnification(space.scale, space.upsample, node) for node in space.nodes})
+
+
+def counted_costs(space: Space) -> Costs:
+    """Multiply-adds: exact, on any machine."""
+    nf, widths, lr = space.channels, space.widths, OUTPUT_PIXELS // space.scale ** 2
+    table = np.array([[[count(c, d) for d in widths] for c in widths] for _, count, _ in OPERATIONS.values()], float)
+    pixels = {m: lr * m ** 2 for m in magnifications(space)}
+    return Costs("multiply-adds", {m: n * table for m, n in pixels.items()}, {m: 0.0 for m in pixels},
+                 {m: 9.0 * nf * nf * n for m, n in pixels.items()},
+                 {m: 27.0 * nf * (space.scale // m) ** 2 * n for m, n in pixels.items()}, 27.0 * nf * lr)
+
+
+@torch.inference_mode()
+def milliseconds(module, *inputs: torch.Tensor, seconds: float = 0.3) -> float:
+    """The median time of module(*inputs), called for `seconds` but at least twice; a GPU is waited for."""
+    module(*inputs)                                            # the first call sets things up
+    timer = Timer("module(*inputs)", globals=dict(module=module, inputs=inputs), num_threads=torch.get_num_threads())
+    return 1e3 * timer.blocked_autorange(min_run_time=seconds).median
+
+
+def features(channels: int, m: int, scale: int, device) -> torch.Tensor:
+    """(1, channels, 720 m / scale, 1280 m / scale), stored as a network running on pictures has them."""
+    return torch.rand(1, channels, 720 * m // scale, 1280 * m // scale, device=device).contiguous(
+        memory_format=torch.channels_last)
+
+
+def measured_costs(space: Space, device, say=print) -> Costs:
+    """Milliseconds on this device and with this number of threads, each part timed alone at the size of its use.
+
+    Then three random networks are timed as a whole, and all parts scaled by the (median) ratio of whole to sum.
+    say: called with lines for the reader. Takes half a minute for a small space; nothing else should run meanwhile.
+    """
+    def time(make, channels, m):
+        module = make().to(device, memory_format=torch.channels_last)
+        return milliseconds(module, features(channels, m, space.scale, device))
+    nf, widths, costs = space.channels, space.widths, Costs("ms", {}, {}, {}, {}, 0.0)
+    costs.head = time(lambda: conv(3, nf, 3, bias=True), 3, 1)
+    image = features(3, 1, space.scale, device)
+    enlarging = milliseconds(lambda x: enlarge(x, space.scale) if space.output == "skip" else torch.tanh(x), image)
+    ups = {magnification(space.scale, space.upsample, node): node for node in space.nodes if node[-1] == "u"}
+    say(f"milliseconds of each operation for a 1280x720 output, x{space.scale}, on {device}: at a width kept")
+    for m in magnifications(space):
+        costs.operations[m] = np.array([[[time(lambda: make(c, d), c, m) for d in widths] for c in widths]
+                                        for make, *_ in OPERATIONS.values()])
+        x = features(nf, m, space.scale, device)
+        costs.cell[m] = milliseconds(lambda x: x + 0.2 * x, x)
+        costs.tail[m] = time(lambda: Tail(nf, space.scale // m), nf, m) + enlarging
+        if m in ups:
+            up = make_up(space, ups[m])
+            costs.up[m] = time(lambda: up, nf, m // up.factor)
+        say(f"  features {x.shape[3]}x{x.shape[2]}".ljust(22) + "".join(f"{w:>9d}" for w in widths))
+        for name, table in zip(OPERATIONS, costs.operations[m]):
+            say(f"    {name:18s}" + "".join(f"{t:9.2f}" for t in np.diagonal(table)))
+    rng, ratios = random.Random(0), []
+    for _ in range(3):
+        a = space.random(rng)
+        network = Network(a).to(device, memory_format=torch.channels_last)
+        ratios.append(milliseconds(network, image) / sum_of_parts(a, costs))
+    ratio = float(np.median(ratios))
+    say(f"  whole networks take {ratio:.2f} times the sum of their parts ({min(ratios):.2f} to {max(ratios):.2f})")
+    scaled = [{m: ratio * cost for m, cost in part.items()} for part in (costs.operations, costs.cell, costs.up, costs.tail)]
+    return Costs("ms", *scaled, ratio * costs.head)
+
+
+def sum_of_parts(a: Architecture, costs: Costs) -> float:
+    """What `a` costs by the table, in its unit. Counted, this is `a.multiply_adds()`.
+
+    >>> a = Architecture(2, 64, "cu", (("conv3x3", "dws"),), ((24,),))
+    >>> sum_of_parts(a, counted_costs(Space(scale=2))) == a.multiply_adds()
+    True
+    """
+    names, widths, total, cells = list(OPERATIONS), widths_of(a.channels), costs.head, iter(zip(a.operations, a.widths))
+    for i, letter in enumerate(a.path):
+        m = magnification(a.scale, a.upsample, a.path[:i + 1])
+        if letter == "u":
+            total += costs.up[m]
+        else:
+            operations, inner = next(cells)
+            ends = [widths.index(w) for w in (a.channels, *inner, a.channels)]
+            total += costs.cell[m] + sum(costs.operations[m][names.index(name), c, d]
+                                         for name, c, d in zip(operations, ends, ends[1:]))
+    return float(total + costs.tail[m])
+
+
+def cost_in_words(value: float, unit: str) -> str:
+    return f"{value / 1e9:.4g}G multiply-adds" if unit == "multiply-adds" else f"{value:.4g} ms"
 
 
 # --- Pictures ------------------------------------------------------------------------------------------------------

@@ -2,12 +2,17 @@
 import dataclasses
 import json
 import random
+import time
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from search_space import _PUBLISHED, OPERATIONS, PUBLISHED, Architecture, Network, Space, draw_architecture, published
+import search_space
+from search_space import (_PUBLISHED, OPERATIONS, PUBLISHED, Architecture, Network, Space, Up, counted_costs, draw_architecture,
+                          measured_costs, milliseconds, published, sum_of_parts)
 
 VALID = Space(scale=4).architecture("cuc", [["dws"] * 5] * 2, [[24, 32, 40, 56]] * 2)
 
@@ -116,3 +121,39 @@ def test_picture_shows_every_layer():
     names = [text.get_text().split()[0] for text in axis.texts]
     assert names.count("up") == 2 and sum(name in OPERATIONS for name in names) == 20
     assert [bar.get_height() for bar in axis.patches][1:6] == [64, 24, 24, 24, 64]
+
+
+def test_the_sum_of_parts_is_the_count():
+    rng = random.Random(1)
+    for _ in range(60):
+        space = Space(rng.choice((2, 3, 4)), rng.choice((16, 24, 64)), 3, 3, upsample=rng.choice(("early", "plain")))
+        a, costs = space.random(rng), counted_costs(space)
+        assert sum_of_parts(a, costs) == a.multiply_adds()
+
+
+@pytest.mark.parametrize("scale, upsample", [(2, "early"), (3, "early"), (4, "early"), (4, "plain")])
+def test_a_table_of_times_is_made_of_the_right_parts(monkeypatch, scale, upsample):
+    """With a clock that shows multiply-adds (and twice as many for a whole network) the table must be twice the count."""
+    def clock(module, *inputs, seconds=0.3):
+        if not isinstance(module, torch.nn.Module):
+            return 0.0
+        pixels = inputs[0].shape[2] * inputs[0].shape[3]
+        if isinstance(module, Network):
+            return 2.0 * module.architecture.multiply_adds(pixels)
+        if isinstance(module, Up):
+            pixels *= module.factor ** 2
+        return float(pixels * sum(p.numel() for p in module.parameters() if p.dim() == 4))
+    monkeypatch.setattr(search_space, "milliseconds", clock)
+    space, lines = Space(scale, 16, 2, 2, upsample=upsample), []
+    table, counted = measured_costs(space, "cpu", lines.append), counted_costs(space)
+    about = partial(pytest.approx, rel=0.005)                  # a third of 1280 pixels is no whole number
+    assert table.unit == "ms" and table.head == about(2 * counted.head)
+    assert table.tail == about({m: 2 * c for m, c in counted.tail.items()})
+    assert table.up == about({m: 2 * c for m, c in counted.up.items() if m in table.up})
+    for m, costs in counted.operations.items():
+        np.testing.assert_allclose(table.operations[m], 2 * costs, rtol=0.005)
+    assert any("dws" in line for line in lines) and "2.00 times the sum" in lines[-1]
+
+
+def test_milliseconds_are_milliseconds():
+    assert 19 < milliseconds(lambda: time.sleep(0.02), seconds=0.1) < 200
