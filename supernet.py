@@ -42,8 +42,8 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from search_space import (COLOURS, OPERATIONS, OUTPUT_PIXELS, Architecture, Network, Space, Tail, conv, enlarge,
-                          magnification, make_up, tree_layout)
+from search_space import (COLOURS, OPERATIONS, Architecture, Costs, Network, Space, Tail, conv, cost_in_words, counted_costs,
+                          enlarge, magnification, make_up, sum_of_parts, tree_layout)
 from sparsestmax import sparsestmax
 
 
@@ -159,10 +159,13 @@ class Supernet(nn.Module):
     spread: standard deviation of the initial logits, small enough that no choice starts with a lead.
     recompute: run each cell a second time in the backward pass instead of keeping its activations; the same numbers, a
     third more time, and memory for one cell rather than for the whole tree.
+    costs: what the parts cost, of search_space.py; counted in multiply-adds if None.
     """
-    def __init__(self, space: Space, activation: Callable = sparsestmax, spread: float = 1e-3, recompute: bool = False):
+    def __init__(self, space: Space, activation: Callable = sparsestmax, spread: float = 1e-3, recompute: bool = False,
+                 costs: Costs | None = None):
         super().__init__()
         self.space, self.activation, self.recompute = space, activation, recompute
+        self.costs = costs = costs or counted_costs(space)
         nodes, nf = space.nodes, space.channels
         self.cell_of = {node: i for i, node in enumerate(n for n in nodes if n[-1] == "c")}     # row of alpha and beta
         self.gamma = nn.Parameter(spread * torch.randn(len(nodes)))
@@ -177,25 +180,19 @@ class Supernet(nn.Module):
 
         steps = torch.tensor([[float(ch < w) for ch in range(nf)] for w in space.widths])
         self.register_buffer("steps", steps, persistent=False)                      # (widths, nf): one stair per width
-        # Multiply-adds are integers far beyond float32's 24 bits, so every table of them is float64. The cost of exit i
-        # is fixed[i] + sum over cells c of on_path[i, c] * cost(c): what no choice changes, and the cells on the way to
-        # it, each counted once for every pixel it runs on. All per LR pixel.
-        table = [[[count(c, d) for d in space.widths] for c in space.widths] for _, count, _ in OPERATIONS.values()]
-        pixels = [self._magnification(n) ** 2 for n in nodes]
-        ups = [sum(9 * nf * nf * p for m, p in zip(nodes, pixels) if m[-1] == "u" and n.startswith(m)) for n in nodes]
-        fixed = [27 * nf + up + self.tails[n].conv.weight.numel() * p for n, p, up in zip(nodes, pixels, ups)]
-        on_path = [[p * n.startswith(m) for m, p in zip(nodes, pixels) if m[-1] == "c"] for n in nodes]
+        # Multiply-adds are integers far beyond float32's 24 bits, so every table of costs is float64. The cost of exit i
+        # is fixed[i] + sum over cells c of on_path[i, c] * cost(c): what no choice changes, and the cells on the way.
+        at = {n: self._magnification(n) for n in nodes}
+        table = np.stack([costs.operations[at[n]] for n in self.cell_of])           # (cells, operations, widths, widths)
+        fixed = [costs.head + costs.tail[at[n]] + sum((costs.cell if m[-1] == "c" else costs.up)[at[m]]
+                                                      for m in nodes if n.startswith(m)) for n in nodes]
+        on_path = [[n.startswith(m) for m in self.cell_of] for n in nodes]          # (nodes, cells)
         for name, numbers in ("table", table), ("fixed", fixed), ("on_path", on_path):
-            self.register_buffer(name, torch.tensor(numbers, dtype=torch.float64), persistent=False)
+            self.register_buffer(name, torch.from_numpy(np.array(numbers, float)), persistent=False)
         self.register_buffer("parents", torch.tensor([nodes.index(n[:-1]) for n in nodes[1:]]), persistent=False)
 
     def _magnification(self, node: str) -> int:
         return magnification(self.space.scale, self.space.upsample, node)
-
-    @property
-    def lr_pixels(self) -> int:
-        """LR pixels of an image whose SR image has 1280x720."""
-        return OUTPUT_PIXELS // self.space.scale ** 2
 
     def logits(self) -> list[nn.Parameter]:
         return [self.gamma, self.alpha, self.beta]
@@ -263,18 +260,18 @@ class Supernet(nn.Module):
 
     # --- What the search adds to the loss --------------------------------------------------------------------------
     def exit_costs(self, weights: Weights) -> torch.Tensor:
-        """Expected multiply-adds of every exit, float64 (nodes,), for a 1280x720 output.
+        """Expected cost of every exit, float64 (nodes,), in the unit of `costs`, for a 1280x720 output.
 
         The expectation over independent choices is exact, because the cost of an operation involves the widths on
         its two sides only: E = sum_k sum_ij alpha_k beta_in(i) beta_out(j) cost(k, i, j). At one-hot weights it is
-        the count of the derived network, to the unit.
+        the cost of the derived network, to the last multiply-add.
         """
         alpha, beta = weights.alpha.double(), self.with_ends(weights.beta.double())
-        cells = torch.einsum("cpk,cpi,kij,cpj->c", alpha, beta[:, :-1], self.table, beta[:, 1:])
-        return (self.fixed + self.on_path @ cells) * self.lr_pixels
+        cells = torch.einsum("cpk,cpi,ckij,cpj->c", alpha, beta[:, :-1], self.table, beta[:, 1:])
+        return self.fixed + self.on_path @ cells
 
-    def multiply_adds(self, weights: Weights) -> torch.Tensor:
-        """Expected multiply-adds for a 1280x720 output: 0-d, float64, differentiable."""
+    def cost(self, weights: Weights) -> torch.Tensor:
+        """Expected cost for a 1280x720 output: 0-d, float64, differentiable."""
         return weights.gamma.double() @ self.exit_costs(weights)
 
     def order_loss(self, weights: Weights) -> torch.Tensor:
@@ -298,7 +295,7 @@ class Supernet(nn.Module):
                mean: Weights | None = None) -> Architecture:
         """The architecture with the largest weight at every choice; if `budget` is given, the best one within it.
 
-        budget: (least, most) multiply-adds for a 1280x720 output. mean: the weights averaged (or summed) over the whole
+        budget: (least, most) cost for a 1280x720 output. mean: the weights averaged (or summed) over the whole
         search, `weights` if None. Where the decisions as they stand miss the budget, those are changed that the search
         was least sure of: to decide for b in place of a loses log(mean_a / mean_b), and the smallest total loss wins.
         Raises ValueError if the space has no network within the budget.
@@ -306,7 +303,7 @@ class Supernet(nn.Module):
         weights, mean = ([w.detach().double().cpu().numpy() for w in each] for each in (weights, mean or weights))
         picks = [w.argmax(-1) for w in weights]
         architecture = self._spell(*picks)
-        if budget is None or budget[0] <= architecture.multiply_adds() <= budget[1]:
+        if budget is None or budget[0] <= sum_of_parts(architecture, self.costs) <= budget[1]:
             return architecture
         scores = []
         for w, pick in zip(mean, picks):
@@ -329,12 +326,12 @@ class Supernet(nn.Module):
         `buckets`: value[w, b] is the best score of a chain so far that ends in width w and has spent b buckets.
         """
         space, table = self.space, self.table.cpu().numpy()
-        unit = most / self.lr_pixels / buckets                                      # one bucket, per LR pixel
+        unit = most / buckets
         with np.errstate(divide="ignore"):                     # log 0 = -inf: a cell must end at full width
             beta = np.log(self.with_ends(torch.from_numpy(np.exp(beta))).numpy())   # (cells, positions + 1, widths)
         best, widest = (-np.inf, None), len(space.widths) - 1
-        for exit, (fixed, areas) in enumerate(zip(self.fixed.tolist(), self.on_path.tolist())):
-            chain = [(c, p, area) for c, area in enumerate(areas) if area for p in range(space.positions)]
+        for exit, (fixed, on_path) in enumerate(zip(self.fixed.tolist(), self.on_path.tolist())):
+            chain = [(c, p) for c, there in enumerate(on_path) if there for p in range(space.positions)]
             slack = len(chain) / 2 + 1                         # each rounding may be wrong by half a bucket
             low, high, start = int(np.ceil(least / most * buckets + slack)), int(buckets - slack), round(fixed / unit)
             if gamma[exit] == -np.inf or start > high or low > high:
@@ -342,8 +339,8 @@ class Supernet(nn.Module):
             value = np.full((widest + 1, high + 1), -np.inf)
             value[widest, start] = gamma[exit]
             steps = []                                         # for each position: which (operation, width before) won
-            for c, p, area in chain:
-                costs = np.rint(table * area / unit).astype(int)                    # (operations, widths, widths)
+            for c, p in chain:
+                costs = np.rint(table[c] / unit).astype(int)                        # (operations, widths, widths)
                 new, won = np.full_like(value, -np.inf), np.zeros((*value.shape, 2), dtype=int)
                 for (k, i, j), cost in np.ndenumerate(costs):
                     if cost <= high:
@@ -363,37 +360,47 @@ class Supernet(nn.Module):
                     bucket, width = bucket - costs[k, before, width], before
                 best = score, (exit, operations, widths[:, 1:-1])
         if best[1] is None:
-            raise ValueError(f"no network of this space has {least / 1e9:.3g}G to {most / 1e9:.3g}G multiply-adds: "
+            raise ValueError(f"no network of this space costs {self._words(least)} to {self._words(most)}: "
                              "change the budget or enlarge the space")
         return best[1]
 
     def cost_range(self) -> tuple[np.ndarray, np.ndarray]:
-        """Multiply-adds of the cheapest and of the most expensive network at every exit, (nodes,) each."""
-        table, bounds = self.table.cpu().numpy(), []
+        """What the cheapest and the most expensive network at every exit cost, (nodes,) each."""
+        table, bounds = self.table.cpu().numpy(), []           # (cells, operations, widths, widths)
         for better, worst in (np.minimum, np.inf), (np.maximum, -np.inf):
-            value = np.full(table.shape[1], worst)
-            value[-1] = 0                                      # value[w]: best total of a chain that ends in width w
+            value = np.full((len(table), table.shape[-1]), worst)
+            value[:, -1] = 0                                   # value[c, w]: best total of a chain that ends in width w
             for _ in range(self.space.positions):
-                value = better.reduce(value[None, :, None] + table, axis=(0, 1))
-            cells = np.full(len(self.cell_of), value[-1])
-            bounds.append((self.fixed.cpu().numpy() + self.on_path.cpu().numpy() @ cells) * self.lr_pixels)
+                value = better.reduce(value[:, None, :, None] + table, axis=(1, 2))
+            bounds.append(self.fixed.cpu().numpy() + self.on_path.cpu().numpy() @ value[:, -1])
         return tuple(bounds)
+
+    def _words(self, cost: float) -> str:
+        return cost_in_words(cost, self.costs.unit)
 
     def restrict(self, least: float, target: float, most: float) -> None:
         """Forbid the exits whose networks all cost less than `least` or more than `target`; they are never computed.
 
-        (Where no exit is as cheap as the target, the cheapest stays, if it has networks of at most `most` multiply-adds.)
+        (Where that leaves no network, those stay that have one which costs at most `most`.)
         Raises ValueError, naming what is possible, if that leaves no network.
         """
         low, high = self.cost_range()
         if low.min() > most:
-            raise ValueError(f"no network meets a budget of {most / 1e9:.3g}G multiply-adds: the smallest of this "
-                             f"space has {low.min() / 1e9:.4g}G (for a 1280x720 output)")
+            raise ValueError(f"no network meets a budget of {self._words(most)}: the smallest of this space has "
+                             f"{self._words(low.min())} (for a 1280x720 output)")
         if high.max() < least:
-            raise ValueError(f"no network uses a budget of {most / 1e9:.3g}G multiply-adds: the largest of this space "
-                             f"has {high.max() / 1e9:.4g}G (for a 1280x720 output)")
-        self.allowed.copy_(torch.from_numpy((low <= max(target, low.min())) & (high >= least)))
-        self._knapsack(*(np.zeros(logits.shape) for logits in self.logits()), least, most)   # is there really one?
+            raise ValueError(f"no network uses a budget of {self._words(most)}: the largest of this space has "
+                             f"{self._words(high.max())} (for a 1280x720 output)")
+        for dearest in max(target, low.min()), most:           # some spaces have nothing between `least` and `target`
+            allowed = (low <= dearest) & (high >= least)
+            self.allowed.copy_(torch.from_numpy(allowed))
+            scores = [np.where(allowed, 0, -np.inf)] + [np.zeros(logits.shape) for logits in self.logits()[1:]]
+            try:
+                self._knapsack(*scores, least, most)           # is there really one?
+                return
+            except ValueError:
+                if dearest == most:
+                    raise
 
     def origins(self, network: Network):
         """Pairs (parameter of `network`, parameter of this supernet whose leading slice it is)."""

@@ -2,6 +2,7 @@
 import itertools
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -122,7 +123,7 @@ def test_derived_network_is_the_supernet_at_progress_1(scale):
             x = torch.rand(1, 3, 9, 8)
             assert found == wanted
             assert (network(x) - net(x, weights)).abs().max() <= 1e-5
-            assert net.multiply_adds(weights).item() == found.multiply_adds()       # the third count: to the unit
+            assert net.cost(weights).item() == found.multiply_adds()       # the third count: to the unit
     assert type(network) is Network
 
 
@@ -136,8 +137,8 @@ def test_expected_cost_is_the_expectation():
         names = tuple(OPERATIONS)
         chance = weights.gamma[g] * weights.alpha[0, 0, k1] * weights.alpha[0, 1, k2] * weights.beta[0, 0, w]
         mean += chance.item() * space.architecture(path, [[names[k1], names[k2]]], [[space.widths[w]]]).multiply_adds()
-    assert net.multiply_adds(weights).item() == pytest.approx(mean, rel=1e-12)
-    grads = torch.autograd.grad(net.multiply_adds(weights), net.logits())
+    assert net.cost(weights).item() == pytest.approx(mean, rel=1e-12)
+    grads = torch.autograd.grad(net.cost(weights), net.logits())
     assert all(g.isfinite().all() and g.any() for g in grads)
 
 
@@ -231,3 +232,21 @@ def test_cuda_agrees_with_cpu():
     on_cpu = net(x, weights)
     on_gpu = net.cuda()(x.cuda(), net.weights(0.5))
     torch.testing.assert_close(on_gpu.cpu(), on_cpu)
+
+
+@pytest.mark.parametrize("share", [0.8, 0.9])
+def test_a_budget_is_refused_or_kept(share):
+    """Between two exits there may be costs that only networks above the target have, and the last of the forbidden exits."""
+    for space in Space(2, 16, 1, 1), Space(4, 16, 2, 1), Space(3, 24, 2, 2):
+        net = Supernet(space, spread=1.0)
+        low, high = net.cost_range()
+        kept = 0
+        for most in np.linspace(low.min(), 1.2 * high.max(), 50):
+            try:
+                net.restrict(share * most, (1 + share) / 2 * most, most)
+            except ValueError:
+                continue
+            weights = net.weights(1.0)
+            assert weights.gamma.sum() == 1
+            kept += share * most <= net.derive(weights, (share * most, most)).multiply_adds() <= most
+        assert kept > 10
