@@ -3,6 +3,7 @@
     python search.py --scale 2                            # laptop: lesson preset, generated pictures, no download
     python search.py --scale 2 --data DIR                 # the same on a folder of photographs
     python search.py --scale 4 --data DIR --budget 18G    # with a CUDA GPU: full preset, as in the paper
+    python search.py --scale 2 --budget 80ms              # a network that is this fast on this machine
     python search.py --resume --out runs/x2               # go on after an interruption
     torchrun --nproc-per-node 4 search.py --scale 4 ...   # the same run, each batch split over four GPUs
 
@@ -13,18 +14,25 @@ warm-up, in which only the weights learn: what random weights say of an architec
 branches are no longer computed. At progress 1 what is left *is* one network: it leaves the supernet with its
 weights and with Adam's memory of them, computes the same function, and the same loop goes on with all photographs.
 
-    loss = L1(SR, HR)  +  COST * sum over exits of gamma * log(multiply-adds of the exit / target)^2
+    loss = L1(SR, HR)  +  COST * sum over exits of [gamma] * log(cost of the exit / target)^2
+                       +  PRICE * sum over exits of gamma * max(0, log[cost of the exit / target])
                        +  ORDER * sum over edges of max(0, child - parent)
 
-The second term holds the multiply-adds near a target just under the budget. It asks this of *each* exit: were only their
-mean to meet the target, an exit far too dear could hide behind cheap ones, win, and then have to starve its cells (seen
-at x4, where all operations became 1x1). Exits that cannot come down to the target are forbidden from the start. The
-third is the paper's "sorting": a deeper exit must earn its depth. Should the last choices to close have missed the
+The second term draws operations and widths towards a target just under the budget (multiply-adds or milliseconds); what
+stands in brackets has no slope. It asks this of *each* exit: were only their mean to meet the target, an exit far too dear
+could hide behind cheap ones. The third makes exits pay for what they exceed the target by. Without it a path with an
+upsampling wins while its cells are still rich, and then has to starve them to 1x1 convolutions (seen at x2, 12G). It asks
+nothing of exits that are still too cheap: their cells can grow. Exits that cannot come down to the target are forbidden. The
+fourth is the paper's "sorting": a deeper exit must earn its depth. Should the last choices to close have missed the
 budget, `Supernet.derive` changes those that the search was least sure of, so every run ends within its budget and uses
 at least 80 % of it.
 
 A run's folder holds settings.json (command line, versions, hardware), history.csv, distributions.npz (all weights over
-time), levels.png, architecture.png, architecture.json, network.pt, results.md and .json, and checkpoint.pt for --resume.
+time), levels.png, architecture.png, architecture.json, network.pt, results.md and .json, and for --resume checkpoint.pt
+and the one before it. With a budget in milliseconds also the table of what each operation takes.
+
+Should a loss ever be infinite or not a number, its step is not taken, and the run goes back to its last checkpoint, at half
+the learning rate; the fourth time it gives up.
 """
 import argparse
 import copy
@@ -35,12 +43,15 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -49,9 +60,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from evaluate import (crop_to, degrade, format_table, list_photos, psnr, read_photo, resize, sample_photo, ssim,
-                      super_resolve, write_whole)
-from search_space import Architecture, Network, Space, draw_architecture
+from evaluate import (crop_to, degrade, format_table, list_photos, load_tensors, printable, psnr, read_photo, resize, sample_photo,
+                      save_tensors, ssim, super_resolve, write_whole)
+from search_space import (Architecture, Costs, Network, Space, cost_in_words, counted_costs, draw_architecture, features,
+                          measured_costs, milliseconds, sum_of_parts)
 from sparsestmax import get_activation
 from supernet import Supernet, Weights, draw_levels, leading, live_choices
 
@@ -66,9 +78,12 @@ PRESETS = {
 WARM = 0.1                     # progress stays 0 for this part of the search, until the weights mean something
 LEAST = 0.8                    # a found network uses at least this part of its budget
 LOGITS_RATE = 3e-3             # of the logits: Adam with betas (.5, .999), constant
-COST = 0.03                    # weight of the budget term
+COST = 0.03                    # weight of the cost of cells
+PRICE = 0.03                   # weight of the excess of exits
 ORDER = 1e-3                   # weight of the order term
 SAVE_SECONDS = 60              # a killed run loses at most this much
+HALVINGS = 3                   # how often a run that diverges is tried again
+CHECKPOINTS = "checkpoint.pt", "checkpoint.before.pt"
 # torchrun starts WORLD processes and numbers them. All hold the same weights and logits; each computes its share of a batch,
 # and gradients are averaged. Process 0 alone writes and prints.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -103,7 +118,7 @@ def load_photos(folder: str | None, scale: int, patch: int, seed: int) -> list[t
         try:
             hr = crop_to(read_photo(source) if isinstance(source, Path) else source, scale)
             if min(hr.shape[:2]) < scale * patch:
-                raise ValueError(f"{source} is smaller than a patch of {scale * patch}x{scale * patch}")
+                raise ValueError(f"{printable(source)} is smaller than a patch of {scale * patch}x{scale * patch}")
             return degrade(hr, scale), hr
         except (ValueError, OSError) as error:
             if RANK == 0:
@@ -183,8 +198,26 @@ def cut_in_two(pairs):
     return list(zip(np.split(lr, [middle], axis), np.split(hr, [scale * middle], axis)))
 
 
-# Why two halves? Were both steps to see the same data, the logits could favour whatever memorises it best. Why random?
-# File names sort by subject and source, and the halves should differ in nothing but the photographs they hold.
+class Data(NamedTuple):
+    """All photographs, and two random halves: for the weights and for the logits of a supernet.
+
+    Why two halves? Were both steps to see the same data, the logits could favour whatever memorises it best. Why random?
+    File names sort by subject and source, and the halves should differ in nothing but the photographs they hold.
+    """
+    whole: Patches
+    half_a: Patches
+    half_b: Patches
+
+
+def load_data(s: argparse.Namespace) -> Data:
+    pairs = load_photos(s.data, s.scale, s.patch, s.seed)
+    if len(pairs) == 1:
+        pairs = cut_in_two(pairs)
+        if min(side for lr, _ in pairs for side in lr.shape[:2]) < s.patch:
+            raise ValueError(f"{s.data}: the only photograph is too small to be cut in two; add one or lower --patch")
+    whole = Patches(pairs, s.patch, s.device)
+    order = torch.randperm(len(whole.areas), generator=torch.Generator().manual_seed(s.seed))
+    return Data(whole, whole.only(order[::2]), whole.only(order[1::2]))
 
 
 # --- 2. Schedules --------------------------------------------------------------------------------------------------
@@ -202,7 +235,43 @@ def learning_rate_at(step: int, search: int, steps: int) -> float:
     return min(1.0, (step + 1) / search) * (0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2)
 
 
-# --- 3. The loop ---------------------------------------------------------------------------------------------------
+# --- 3. Milliseconds -----------------------------------------------------------------------------------------------
+
+def costs_of(s: argparse.Namespace, space: Space, out: Path) -> Costs:
+    """What operations cost, in the unit of the budget: counted, or measured once and kept beside the runs' folders.
+
+    A run keeps a copy, to go on with the very same table.
+    """
+    if s.unit == "multiply-adds":
+        return counted_costs(space)
+    device = torch.device(s.device)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    key = f"{space} on {platform.machine()}, {where}, torch {torch.__version__}"
+    own, shared = out / "milliseconds.json", out.parent / "milliseconds.json"
+    for path in own, shared:
+        try:
+            tables = dict(json.loads(path.read_text())) if path.exists() else {}
+            if key in tables:
+                parts = tables[key]
+                if path == shared:
+                    print(f"milliseconds as measured before, from {path}; delete it to measure again")
+                break
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is damaged; delete it to measure again") from error
+    else:
+        if WORLD > 1:
+            raise ValueError(f"processes would disturb one another: begin this run in one process, which leaves {shared}")
+        parts = asdict(measured_costs(space, device))
+        parts["operations"] = {m: table.tolist() for m, table in parts["operations"].items()}
+        tables[key] = parts
+        shared.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(shared, lambda path: path.write_text(json.dumps(tables) + "\n"))
+    parts = {name: {int(m): np.array(cost) for m, cost in part.items()} if isinstance(part, dict) else part
+             for name, part in parts.items()}
+    return Costs(**parts)
+
+
+# --- 4. The loop ---------------------------------------------------------------------------------------------------
 
 def average(tensors: list[torch.Tensor]) -> None:
     """Replace each tensor by its mean over all processes."""
@@ -231,16 +300,21 @@ class Run:
     def __init__(self, settings: argparse.Namespace, out: Path):
         s = self.settings = settings
         self.out, self.device = out, torch.device(s.device)
+        self.space = Space(s.scale, s.channels, s.cells, s.positions)
+        weights = sum(n[-1] == "c" for n in self.space.nodes) * s.positions * 40 * s.channels ** 2      # roughly
+        if weights > 1e9:
+            raise ValueError(f"a supernet with {weights / 1e9:.3g} billion weights fits no memory: take fewer channels or cells")
+        self.costs = costs_of(s, self.space, out)                      # (may build, and draw, operations to time them)
         torch.manual_seed(s.seed)
         self.generator = torch.Generator().manual_seed(s.seed)         # draws the patches
         self.step, self.seconds = 0, {"search": 0.0, "training": 0.0}
-        self.recent = torch.zeros((), device=self.device)              # sum of the losses since the last row of ...
+        self.halvings = 0                                              # of the learning rate, after divergence
+        self.recent = []                                               # (step, what learns, loss) since the last row of ...
         self.history = []                                              # ... history.csv
         self.snapshots, self.sum = [], None                            # (step, Weights) now and then; sum of all Weights
         self.hand_over_report = None
-        self.space = Space(s.scale, s.channels, s.cells, s.positions)
-        self.supernet = Supernet(self.space, get_activation(s.activation), recompute=s.preset == "full")
-        self.target = (1 + LEAST) / 2 * s.budget                       # multiply-adds to aim at: midway in what is allowed
+        self.supernet = Supernet(self.space, get_activation(s.activation), recompute=s.preset == "full", costs=self.costs)
+        self.target = (1 + LEAST) / 2 * s.budget                       # the cost to aim at: midway in what is allowed
         self.supernet.restrict(LEAST * s.budget, self.target, s.budget)    # an impossible budget ends here, before any work
         self.supernet.to(self.device, memory_format=torch.channels_last)
         # Logits want other steps than weights: larger, since only their differences count and they must decide within the
@@ -249,20 +323,10 @@ class Run:
         self.logits_optimiser = torch.optim.Adam(logits, lr=LOGITS_RATE, betas=(0.5, 0.999), fused=True)
         self.optimiser = self.adam(p for p in self.supernet.parameters() if not any(p is l for l in logits))
         self.network = None                                            # the found one, once the supernet has melted
+        self.data: Data | None = None                                  # from load_data
 
     def adam(self, parameters):
         return torch.optim.Adam(parameters, lr=self.settings.rate, betas=(0.9, 0.99), fused=True)
-
-    def load_data(self):
-        s = self.settings
-        pairs = load_photos(s.data, s.scale, s.patch, s.seed)
-        if len(pairs) == 1:
-            pairs = cut_in_two(pairs)
-            if min(side for lr, _ in pairs for side in lr.shape[:2]) < s.patch:
-                raise ValueError(f"{s.data}: the only photograph is too small to be cut in two; add one or lower --patch")
-        self.whole = Patches(pairs, s.patch, self.device)
-        order = torch.randperm(len(self.whole.areas), generator=torch.Generator().manual_seed(s.seed))
-        self.half_a, self.half_b = self.whole.only(order[::2]), self.whole.only(order[1::2])
 
     def loss(self, model, patches: Patches, *weights) -> torch.Tensor:
         """L1 between the model's output on one batch and the truth (L1 rather than L2: Lim et al., arXiv 1707.02921)."""
@@ -271,41 +335,61 @@ class Run:
             sr = model(lr, *weights)                                   # (B, 3, scale patch, scale patch)
         return F.l1_loss(sr.float(), hr)
 
-    def search_step(self, progress: float) -> tuple[torch.Tensor, Weights, torch.Tensor]:
-        """The supernet: its weights learn from one half of the photographs, its logits from the other."""
-        s, net = self.settings, self.supernet
+    def search_step(self, progress: float) -> tuple[Weights, torch.Tensor]:
+        """The supernet: its weights learn from one half of the photographs, its logits from the other.
+
+        Returns the weights of the candidates as they stood, and their expected cost.
+        """
+        net = self.supernet
         weights = net.weights(progress)
         live = net.read(weights)                                       # the only time in a step that a GPU is waited for
         # a. The weights, under the architecture as it stands.
         fixed = Weights(*(w.detach() for w in weights))
-        loss = self.descend(self.optimiser, self.loss(net, self.half_a, fixed, live))
-        cost = net.multiply_adds(weights)
+        self.descend("weights", self.optimiser, self.loss(net, self.data.half_a, fixed, live))
+        cost = net.cost(weights)
         if progress == 0:                                              # warm-up: what random weights say of an
-            return loss, fixed, cost.detach()                          # architecture is noise, and costs half a step
+            return fixed, cost.detach()                                # architecture is noise, and costs half a step
         # b. The architecture, under the weights as they stand. The log makes twice too much and half too little equally
         #    bad, at any budget.
         off_target = torch.log(net.exit_costs(weights) / self.target).float()     # (nodes,)
         #    In the end not this mean over networks counts but the network that would be found if the search stopped now.
         #    Its cost has no slope, so it shifts the value, the more the nearer the end; the slope remains the mean's.
         with torch.no_grad():
-            shift = progress * torch.log(net.multiply_adds(net.weights(1.0)) / cost).float()
-        penalty = (COST * (weights.gamma * (off_target + shift) ** 2).sum() + ORDER * net.order_loss(weights))
-        self.descend(self.logits_optimiser, self.loss(net, self.half_b, weights, live) + penalty)
-        return loss, fixed, cost.detach()
+            off_target += progress * torch.log(net.cost(net.weights(1.0)) / cost).float()
+        cells = weights.gamma.detach() @ off_target ** 2                # moves operations and widths towards the target,
+        exits = weights.gamma @ F.relu(off_target.detach())            # and this the path away from what is dearer
+        penalty = COST * cells + PRICE * exits + ORDER * net.order_loss(weights)
+        self.descend("logits", self.logits_optimiser, self.loss(net, self.data.half_b, weights, live) + penalty)
+        return fixed, cost.detach()
 
-    def training_step(self) -> torch.Tensor:
+    def training_step(self):
         """The found network, on all photographs."""
-        return self.descend(self.optimiser, self.loss(self.network, self.whole))
+        self.descend("weights", self.optimiser, self.loss(self.network, self.data.whole))
 
-    def descend(self, optimiser, loss: torch.Tensor) -> torch.Tensor:
-        """One step down the slope of `loss`, for the optimiser's parameters only; returns the loss, detached."""
+    def descend(self, what: str, optimiser, loss: torch.Tensor):
+        """One step down the slope of `loss`, for the optimiser's parameters only. what: "weights" or "logits", for the log."""
         optimiser.zero_grad()
         parameters = optimiser.param_groups[0]["params"]
         loss.backward(inputs=parameters)                               # no gradient for what does not move
         loss = loss.detach()
         average([p.grad for p in parameters if p.grad is not None] + [loss])
+        # Where this is 1, fused Adam leaves all as it was. So a bad step is not taken, and still no GPU is waited for.
+        optimiser.found_inf = (~loss.isfinite()).float()
         optimiser.step()
-        return loss
+        self.recent.append((self.step, what, loss))
+
+    def settle(self):
+        """Turn the recent losses into numbers; FloatingPointError if one of them, or what was learned, is not finite."""
+        steps, whats, losses = zip(*self.recent)
+        self.recent = list(zip(steps, whats, torch.stack([torch.as_tensor(x, device=self.device) for x in losses]).tolist()))
+        who = "found network" if self.network else "supernet"
+        for step, what, loss in self.recent:
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"step {step}: the loss of the {who}'s {what} is {loss}")
+        names, learned = zip(*(self.network or self.supernet).named_parameters())
+        finite = torch.stack([p.isfinite().all() for p in learned]).tolist()
+        if not all(finite):
+            raise FloatingPointError(f"step {self.step}: the {who}'s {names[finite.index(False)]} is not finite any more")
 
     def hand_over(self):
         """The supernet has melted: the one network left walks out, with its weights and with Adam's memory of them."""
@@ -321,7 +405,7 @@ class Run:
             optimiser.state[parameter] = {name: value.clone() if value.dim() == 0 else leading(value, parameter).clone()
                                           for name, value in self.optimiser.state[source].items()}
         # What did deciding cost? Nothing, if the activation had decided by itself and within the budget.
-        lr, hr = self.half_b.batch(s.batch, torch.Generator().manual_seed(0))
+        lr, hr = self.data.half_b.batch(s.batch, torch.Generator().manual_seed(0))
         with torch.no_grad():
             before, after = net(lr, weights), self.network(lr)
         quality = [-10 * torch.log10(F.mse_loss(sr.clamp(0, 1), hr)).item() for sr in (before, after)]
@@ -330,7 +414,10 @@ class Run:
         self.optimiser, self.supernet, self.logits_optimiser = optimiser, None, None
 
     def run(self):
-        """All steps that are left. SIGINT and SIGTERM end it after the step in progress, with a checkpoint."""
+        """All steps that are left. SIGINT and SIGTERM end it after the step in progress, with a checkpoint.
+
+        Raises KeyboardInterrupt(signal) in that case, and FloatingPointError where the losses have become no numbers.
+        """
         s = self.settings
         every_snapshot, every_row = max(1, s.search // 200), max(1, s.steps // 400)
         # A signal may come in the middle of a step, with half of the weights updated. It is only noted, and heeded after
@@ -340,58 +427,59 @@ class Run:
         bar = tqdm(total=s.steps, initial=self.step, desc=f"x{s.scale}", unit="step", dynamic_ncols=True, disable=RANK > 0,
                    mininterval=0.1 if sys.stderr.isatty() else 30)     # a log file wants few lines
         last = saved = time.perf_counter()
-        while self.step < s.steps and not (stopped := heard_by_any(caught)):
-            # 1. Where are we in the schedules?
-            progress = progress_at(self.step, s.search)
-            for group in self.optimiser.param_groups:
-                group["lr"] = s.rate * learning_rate_at(self.step, s.search, s.steps)
-            # 2. One step, of the supernet or, from the hand-over on, of the network it has become.
-            if self.step < s.search:
-                loss, weights, cost = self.search_step(progress)
-                self.sum = weights if self.sum is None else Weights(*map(torch.add, self.sum, weights))
-                if self.step % every_snapshot == 0:
-                    self.snapshots.append((self.step, Weights(*(w.cpu() for w in weights))))
-            else:
-                if self.network is None:
-                    self.hand_over()
-                loss = self.training_step()
-            # 3. Keep books. The loss leaves the device only when it is shown.
-            self.recent = self.recent + loss
-            phase, now = "search" if self.step < s.search else "training", time.perf_counter()
-            self.seconds[phase] += now - last
-            last = now
-            self.step += 1
-            if self.step % every_row == 0 or self.step == s.steps:
-                steps = self.step % every_row or every_row
-                live = (1, 1, 1) if self.network else live_choices(weights)
-                cost = self.network.architecture.multiply_adds() if self.network else cost.item()
-                row = dict(step=self.step, seconds=round(sum(self.seconds.values()), 2), progress=progress,
-                           loss=self.recent.item() / steps, live_exits=live[0], live_operations=live[1],
-                           live_widths=live[2], multiply_adds=cost)
-                self.history.append(row)
-                self.recent = torch.zeros_like(self.recent)
-                bar.set_postfix_str(f"loss {row['loss']:.4f}, live {live[0]} exits {live[1]:.1f} operations "
-                                    f"{live[2]:.1f} widths, {cost / 1e9:.1f}G", refresh=False)
-            bar.update()
-            # 4. Keep what would be lost by a crash.
-            if now - saved > SAVE_SECONDS:
-                self.save()
-                saved = time.perf_counter()
-        bar.close()
-        self.save()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        try:
+            while self.step < s.steps and not (stopped := heard_by_any(caught)):
+                # 1. Where are we in the schedules?
+                progress = progress_at(self.step, s.search)
+                for group in self.optimiser.param_groups:
+                    group["lr"] = s.rate * learning_rate_at(self.step, s.search, s.steps) / 2 ** self.halvings
+                # 2. One step, of the supernet or, from the hand-over on, of the network it has become.
+                if self.step < s.search:
+                    weights, cost = self.search_step(progress)
+                    self.sum = weights if self.sum is None else Weights(*map(torch.add, self.sum, weights))
+                    if self.step % every_snapshot == 0:
+                        self.snapshots.append((self.step, Weights(*(w.cpu() for w in weights))))
+                else:
+                    if self.network is None:
+                        self.hand_over()
+                    self.training_step()
+                # 3. Keep books. Losses leave the device only when they are shown or saved.
+                phase, now = "search" if self.step < s.search else "training", time.perf_counter()
+                self.seconds[phase] += now - last
+                last = now
+                self.step += 1
+                if self.step % every_row == 0 or self.step == s.steps:
+                    self.settle()
+                    loss = float(np.mean([loss for _, what, loss in self.recent if what == "weights"]))
+                    self.recent = []
+                    live = (1, 1, 1) if self.network else live_choices(weights)
+                    cost = sum_of_parts(self.network.architecture, self.costs) if self.network else cost.item()
+                    self.history.append(dict(step=self.step, seconds=round(sum(self.seconds.values()), 2), progress=progress,
+                                             loss=loss, live_exits=live[0], live_operations=live[1], live_widths=live[2],
+                                             cost=cost))
+                    bar.set_postfix_str(f"loss {loss:.4f}, live {live[0]} exits {live[1]:.1f} operations "
+                                        f"{live[2]:.1f} widths, {cost_in_words(cost, s.unit)}", refresh=False)
+                bar.update()
+                # 4. Keep what would be lost by a crash.
+                if now - saved > SAVE_SECONDS:
+                    self.save()
+                    saved = time.perf_counter()
+            self.save()
+        finally:
+            bar.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         if self.step < s.steps:
-            if RANK == 0:
-                print(f"interrupted at step {self.step}; go on with: python search.py --resume --out "
-                      f"{shlex.quote(str(self.out))}", file=sys.stderr)
-            sys.exit(128 + stopped)
+            raise KeyboardInterrupt(stopped)
 
     # --- Checkpoints. Tensors, numbers and strings only: such a file loads with weights_only=True, that is, loading it
     # cannot run anybody's code. Beside weights and moments it holds the state of each random generator. ---
-    PLAIN = "step", "seconds", "recent", "history", "hand_over_report"
+    PLAIN = "step", "seconds", "halvings", "recent", "history", "hand_over_report"
 
     def save(self):
+        """Write checkpoint.pt, and keep the one before. FloatingPointError rather than a checkpoint that is not finite."""
+        if self.recent:
+            self.settle()
         if RANK > 0:
             return
         state = {name: getattr(self, name) for name in self.PLAIN} | dict(
@@ -403,19 +491,26 @@ class Run:
             state |= dict(architecture=self.network.architecture.to_json(), network=self.network.state_dict())
         else:
             state |= dict(supernet=self.supernet.state_dict(), logits_optimiser=self.logits_optimiser.state_dict())
-        write_whole(self.out / "checkpoint.pt", partial(torch.save, state))
+        newest, before = (self.out / name for name in CHECKPOINTS)
 
-    def load(self):
-        try:
-            state = torch.load(self.out / "checkpoint.pt", map_location=self.device, weights_only=True)
-        except Exception as error:                                     # zip reader, unpickler, torch: each has its own
-            raise ValueError(f"{self.out / 'checkpoint.pt'} is damaged; start again in another --out") from error
+        def replace(path):
+            save_tensors(state, path)
+            if newest.exists():
+                os.replace(newest, before)             # killed right here, the run goes on from the one before
+        write_whole(newest, replace)
+
+    def load(self, path: Path):
+        """Go on from the checkpoint `path`; whatever is wrong with it is an exception, and leaves this Run unusable."""
+        state = load_tensors(path, self.device)
         for name in self.PLAIN:
             setattr(self, name, state[name])
         self.sum = state["sum"] and Weights(*state["sum"])
         self.snapshots = [(step, Weights(*(w.cpu() for w in weights))) for step, weights in state["snapshots"]]
         if "network" in state:
-            self.network = Network(Architecture.from_json(state["architecture"]))
+            architecture = Architecture.from_json(state["architecture"])
+            if architecture.parameters() > sum(p.numel() for p in self.supernet.parameters()):
+                raise ValueError("its network is larger than the supernet")    # no checkpoint of ours: before memory is taken
+            self.network = Network(architecture)
             self.network.load_state_dict(state["network"])
             self.network.to(self.device, memory_format=torch.channels_last)
             self.optimiser, self.supernet, self.logits_optimiser = self.adam(self.network.parameters()), None, None
@@ -430,7 +525,7 @@ class Run:
 
     # --- What a run leaves behind ---
     def finish(self):
-        """Write everything of the run's folder but settings.json and checkpoint.pt, and print the table."""
+        """Write everything of the run's folder but the settings and the checkpoints, and print the table."""
         out, architecture = self.out, self.network.architecture
         steps, weights = zip(*self.snapshots)
         over_time = {name: torch.stack(each).numpy() for name, each in zip(Weights._fields, zip(*weights))}   # (T, ...)
@@ -439,7 +534,7 @@ class Run:
         write_whole(out / "architecture.png", draw_architecture(architecture).savefig)
         write_whole(out / "architecture.json", lambda path: path.write_text(architecture.to_json() + "\n"))
         network = self.network.cpu().to(memory_format=torch.contiguous_format).eval()
-        write_whole(out / "network.pt", partial(torch.save, network.state_dict()))
+        write_whole(out / "network.pt", partial(save_tensors, network.state_dict()))
         text = io.StringIO(newline="")
         rows = csv.DictWriter(text, self.history[0])
         rows.writeheader()
@@ -451,34 +546,50 @@ class Run:
         methods = [("bicubic", None, resize(lr, scale)), (out.name, architecture, super_resolve(network, lr))]
         methods = [(name, a, [("sample", psnr(hr, sr, scale), ssim(hr, sr, scale))]) for name, a, sr in methods]
         numbers = dict(sample={name: dict(psnr=score[0][1], ssim=score[0][2]) for name, _, score in methods},
-                       seconds=self.seconds, hand_over=self.hand_over_report)
+                       seconds=self.seconds, hand_over=self.hand_over_report, halvings=self.halvings)
+        cost, s = sum_of_parts(architecture, self.costs), self.settings
+        timed = ""
+        if s.unit == "ms":                                             # does the table tell the truth? Time it on its own.
+            network.to(self.device, memory_format=torch.channels_last)
+            numbers["milliseconds"] = milliseconds(network, features(3, 1, scale, self.device), seconds=3)
+            timed = f"Timed on its own it takes {numbers['milliseconds']:.4g} ms for a 1280x720 output; the table says {cost:.4g}.\n"
         write_whole(out / "results.json", lambda path: path.write_text(json.dumps(numbers, indent=1) + "\n"))
-        report, used = self.hand_over_report, architecture.multiply_adds() / self.settings.budget
+        report = self.hand_over_report
         text = (f"{format_table(f'The photograph that matplotlib ships, x{scale}', methods)}\n"
                 f"{self.step} steps: search {self.seconds['search']:.0f} s, training {self.seconds['training']:.0f} s.\n"
-                f"Path {architecture.path}, {used:.0%} of the budget of {self.settings.budget / 1e9:.4g}G.\n"
+                f"Path {architecture.path}, {cost / s.budget:.0%} of the budget of {cost_in_words(s.budget, s.unit)}.\n{timed}"
                 f"Hand-over at step {report['step']}: the supernet had {report['psnr_supernet']:.2f} dB on a batch, the "
                 f"network {report['psnr_network']:.2f} dB; largest difference {report['largest_difference']:.1e}.\n")
         write_whole(out / "results.md", lambda path: path.write_text(text))
         print(text)
 
 
-# --- 4. The command line -------------------------------------------------------------------------------------------
+# --- 5. The command line -------------------------------------------------------------------------------------------
 
-def multiply_adds(text: str) -> float:
-    """"18G", "750M" or "1.8e10" -> a positive number of multiply-adds."""
-    try:
-        value = float(text[:-1]) * {"G": 1e9, "M": 1e6}[text[-1].upper()] if text[-1:].isalpha() else float(text)
-    except (ValueError, KeyError):
-        value = -1.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of multiply-adds like 18G or 750M")
-    return value
+def budget(text: str) -> tuple[float, str]:
+    """"18G", "750M", "1.8e10" -> multiply-adds; "80ms" -> milliseconds. A positive number and its unit."""
+    units = {"ms": (1.0, "ms"), "g": (1e9, "multiply-adds"), "m": (1e6, "multiply-adds"), "": (1.0, "multiply-adds")}
+    for suffix, (factor, unit) in units.items():
+        if text.lower().endswith(suffix):
+            try:
+                value = factor * float(text[:len(text) - len(suffix)])
+            except ValueError:
+                break
+            if 0 < value < float("inf"):
+                return value, unit
+            break
+    raise argparse.ArgumentTypeError(f"{text!r} is not a budget: multiply-adds like 18G or 750M, or milliseconds like 80ms")
+
+
+def whole(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 999999999")
+    return int(text)
 
 
 def positive(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number up to 999999999")
     return int(text)
 
 
@@ -495,16 +606,18 @@ def rate(text: str) -> float:
 def arguments() -> argparse.ArgumentParser:
     # No defaults here: what was not given comes from the preset or, with --resume, from the run.
     parser = argparse.ArgumentParser(prog="search.py", description="Search, train, derive and measure an SR network.")
+    parser.error = lambda message: parser.exit(2, f"search.py: error: {message}\n")        # one line, no usage
     add = parser.add_argument_group("the task").add_argument
     add("--scale", type=int, choices=(2, 3, 4), help="enlargement (default: 2)")
     add("--data", metavar="DIR", help="photographs, searched recursively (default: generated pictures)")
-    add("--budget", type=multiply_adds, help="most multiply-adds for a 1280x720 output, as 18G (default: the preset's)")
+    add("--budget", type=budget, help="for a 1280x720 output: most multiply-adds, as 18G (default: the preset's), or most "
+        "milliseconds on this machine, as 80ms")
     add("--activation", help="logits to weights: a name in sparsestmax.py's ACTIVATIONS (default: sparsestmax), or "
         "FILE.py:FUNCTION, which runs that file's code")
     add = parser.add_argument_group("the run").add_argument
     add("--out", type=Path, metavar="DIR", help="folder of the run (default: runs/x2, x3 or x4)")
     add("--resume", action="store_true", help="go on with the run in --out, with its settings")
-    add("--seed", type=int, help="of weights, logits, data split and patches (default: 0)")
+    add("--seed", type=whole, help="of weights, logits, data split and patches (default: 0)")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add("--preset", choices=PRESETS, help="sizes and steps (default: full on cuda, else lesson)")
     add = parser.add_argument_group("sizes (default: the preset's)").add_argument
@@ -523,69 +636,154 @@ def arguments() -> argparse.ArgumentParser:
 def settings_of(args: argparse.Namespace) -> tuple[argparse.Namespace, Path]:
     """Command line -> complete settings and the run's folder; ValueError where they contradict each other or it."""
     given = {name: value for name, value in vars(args).items() if value is not None and name not in ("out", "resume")}
+    if "budget" in given:
+        given["budget"], given["unit"] = given["budget"]
     out = args.out or Path("runs") / f"x{args.scale or 2}"
     if args.resume:
-        if not (out / "checkpoint.pt").is_file():
-            raise ValueError(f"{out} holds no run to resume (no checkpoint.pt); start one without --resume")
-        saved = json.loads((out / "settings.json").read_text())["settings"]
+        if not any((out / name).is_file() for name in CHECKPOINTS):
+            raise ValueError(f"{out} holds no run to resume (no {CHECKPOINTS[0]}); start one without --resume")
+        saved = saved_settings(out / "settings.json")
         different = [f"--{name} {new} (the run has {saved[name]})" for name, new in given.items() if saved[name] != new]
         if different:
             raise ValueError(f"a run goes on with its own settings; leave out {', '.join(different)}")
         return argparse.Namespace(**saved), out
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: choose another --out")
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty: go on with --resume, choose another --out, or delete it")
     device = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     preset = given.get("preset") or ("full" if device.startswith("cuda") else "lesson")
-    settings = dict(scale=2, data=None, activation="sparsestmax", seed=0, device=device, preset=preset)
+    settings = dict(scale=2, data=None, activation="sparsestmax", seed=0, device=device, preset=preset, unit="multiply-adds")
     settings |= PRESETS[preset] | given
     if isinstance(settings["budget"], dict):
         settings["budget"] = settings["budget"][settings["scale"]]
     if settings["batch"] % WORLD:
         raise ValueError(f"--batch {settings['batch']} cannot be split evenly over {WORLD} processes")
+    if settings["batch"] * (settings["patch"] * settings["scale"]) ** 2 > 2 ** 28:
+        raise ValueError(f"--batch {settings['batch']} with --patch {settings['patch']}: so many pixels fit no memory")
     if settings["search"] >= settings["steps"]:
         raise ValueError(f"--steps {settings['steps']} must be more than --search {settings['search']}, its first part")
     return argparse.Namespace(**settings), out
+
+
+def saved_settings(path: Path) -> dict:
+    """The settings of a run, checked as a command line would be: the file may be anybody's. ValueError if they will not do."""
+    def refuse(message):
+        raise ValueError(message)
+    try:
+        saved, parser, options = json.loads(path.read_text())["settings"], arguments(), []
+        expected = set(vars(parser.parse_args([]))) - {"out", "resume"} | {"unit"}
+        if set(saved) != expected:
+            raise ValueError(f"these settings are too many or missing: {', '.join(sorted(set(saved) ^ expected))[:200]}")
+        for name, value in saved.items():
+            if name == "budget":
+                value = f"{value}{'ms' if saved['unit'] == 'ms' else ''}"
+            if isinstance(value, bool):
+                options.append(f"--{'' if value else 'no-'}{name}")
+            elif value is not None and name != "unit":
+                options.append(f"--{name}={value}")
+        parser.error = refuse
+        read = vars(parser.parse_args(options))
+        read["budget"], read["unit"] = read["budget"]
+        del read["out"], read["resume"]
+        if read != saved:
+            raise ValueError("it says the same thing in two ways")
+        return read
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is missing or damaged: {error}") from error
 
 
 def describe(settings: argparse.Namespace) -> dict:
     device = torch.device(settings.device)
     return dict(settings=vars(settings), command=shlex.join(["python", *sys.argv]),
                 versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
-                hardware=torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores")
+                hardware=torch.cuda.get_device_name(device) if device.type == "cuda" else
+                f"{torch.get_num_threads()} threads on {os.cpu_count()} CPU cores")
+
+
+def resumed(run: Run) -> Run:
+    """The same run as its newest sound checkpoint has it."""
+    for name in CHECKPOINTS:
+        earlier = Run(run.settings, run.out)
+        earlier.data = run.data
+        try:
+            earlier.load(run.out / name)
+            return earlier
+        except Exception as error:                                     # zip reader, unpickler, torch: each has its own
+            if RANK == 0:
+                print(f"{run.out / name} is missing or damaged: {str(error).splitlines()[0]}", file=sys.stderr)
+    raise ValueError(f"no checkpoint in {run.out} can be read; start again in another --out")
+
+
+def whole_run(args: argparse.Namespace):
+    """The whole run, from the command line to the table of results."""
+    settings, out = settings_of(args)
+    try:
+        if WORLD > 1:
+            torch.distributed.init_process_group()
+            if settings.device == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if torch.empty(1, device=settings.device).device.type not in ("cpu", "cuda"):
+            raise RuntimeError("only cpu and cuda are supported")
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {settings.device} does not work here: {str(error).splitlines()[0]}") from None
+    run = Run(settings, out)                                           # an impossible budget ends here, before any work
+    run.data = load_data(settings)
+    if WORLD > 1:
+        torch.distributed.barrier()                                    # nobody writes before all have found --out empty
+    if args.resume:
+        run = resumed(run)
+    elif RANK == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(describe(settings), indent=1) + "\n"
+        write_whole(out / "settings.json", lambda path: path.write_text(text))
+        if settings.unit == "ms":
+            shutil.copy(out.parent / "milliseconds.json", out)
+        run.save()                                                     # from here on there is something to resume
+    while True:
+        try:
+            run.run()
+            break
+        except FloatingPointError as error:
+            halvings = run.halvings + 1
+            if halvings > HALVINGS:
+                raise ValueError(f"{error}; halving the learning rate {HALVINGS} times did not help: try a lower --rate") from None
+            run = resumed(run)
+            run.halvings = halvings
+            if RANK == 0:
+                print(f"{error}: back to step {run.step}, at half the learning rate", file=sys.stderr)
+            run.save()
+    if RANK == 0:
+        run.finish()
+    if WORLD > 1:
+        torch.distributed.barrier()                                    # who leaves early takes the connection along
+        torch.distributed.destroy_process_group()
 
 
 def main(argv=None):
     parser = arguments()
     args = parser.parse_args(argv)
+
+    def stop(number, frame):
+        raise KeyboardInterrupt(number)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    out = args.out or Path("runs") / f"x{args.scale or 2}"
+    way_on = f"go on with: python search.py --resume --out {shlex.quote(str(out))}"
     try:
-        settings, out = settings_of(args)
-        try:
-            if WORLD > 1:
-                torch.distributed.init_process_group()
-                if settings.device == "cuda":
-                    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            torch.empty(1, device=settings.device)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"--device {settings.device} does not work here: {str(error).splitlines()[0]}") from None
-        run = Run(settings, out)
-        run.load_data()
-        if WORLD > 1:
-            torch.distributed.barrier()                                # nobody writes before all have found --out empty
-        if args.resume:
-            run.load()
-        elif RANK == 0:
-            out.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(describe(settings), indent=1) + "\n"
-            write_whole(out / "settings.json", lambda path: path.write_text(text))
-            run.save()                                                 # from here on there is something to resume
-        run.run()
+        whole_run(args)
+    except KeyboardInterrupt as stopped:
+        saved = (out / CHECKPOINTS[0]).exists()
         if RANK == 0:
-            run.finish()
-        if WORLD > 1:
-            torch.distributed.barrier()                                # who leaves early takes the connection along
-            torch.distributed.destroy_process_group()
-    except (ValueError, OSError) as error:
+            print("interrupted; " + (way_on if saved else "nothing was begun"), file=sys.stderr)
+        sys.exit(128 + stopped.args[0])
+    except OSError as error:                                           # a full disk, a vanished folder
+        kept = f"; what is in {out} is whole, {way_on}" if any((out / name).exists() for name in CHECKPOINTS) else ""
+        parser.exit(2, f"search.py: error: {error}{kept}\n")
+    except ValueError as error:
         parser.exit(2, f"search.py: error: {error}\n")
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

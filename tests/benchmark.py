@@ -80,8 +80,8 @@ def peak_memory(action) -> float:
 def make_run(settings, pairs) -> search.Run:
     """A Run on generated pictures whose supernet leans a little towards one network within the budget, as in a search."""
     run = search.Run(settings, Path("unused"))
-    run.whole = search.Patches(list(pairs), settings.patch, run.device)
-    run.half_a = run.half_b = run.whole
+    whole = search.Patches(list(pairs), settings.patch, run.device)
+    run.data = search.Data(whole, whole, whole)
     run.save = lambda: None
     net, least = run.supernet, search.LEAST * settings.budget
     a = net.derive(net.weights(1.0), (least, settings.budget))
@@ -125,7 +125,7 @@ def weights_half(run, progress, how="ours"):
     evaluated(run, how)
     with torch.no_grad():
         weights = run.supernet.weights(progress)
-    run.descend(run.optimiser, run.loss(run.supernet, run.whole, weights))
+    run.descend("weights", run.optimiser, run.loss(run.supernet, run.data.whole, weights))
 
 
 def whole_step(run, progress, how="ours"):
