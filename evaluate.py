@@ -29,13 +29,20 @@ Commands, all of them for a laptop's CPU (RUN is a folder that search.py has wri
                                                               # and crops_Set5.png, ... in RUN
     python evaluate.py RUN --benchmark data                   # the same for all sets in data (data/Set5/HR, ...)
     python evaluate.py RUN --upscale photo.jpg -o large.png   # enlarge your own picture, of any size
+    python evaluate.py RUN --time                             # milliseconds for a 1280x720 output, on this machine
+    python evaluate.py RUN --export network.pt2               # for torch.export.load: one file, no code of ours needed
     python evaluate.py --compare RUN RUN RUN ...              # activations over seeds: a table and comparison.png
 """
 
 import argparse
+import io
 import json
 import math
 import os
+import stat
+import sys
+import warnings
+import zipfile
 from fractions import Fraction
 from pathlib import Path
 
@@ -46,10 +53,13 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from search_space import Architecture, Network
+from search_space import Architecture, Network, features, milliseconds
 
 PHOTOS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 OUTPUTS = (".png", ".tif", ".tiff", ".jpg", ".jpeg")       # no WebP: it has no grey, and ends at 16383 pixels
+
+
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)      # `open_photo` refuses them itself
 
 
 # --- Pictures in and out ----------------------------------------------------------------------------------------------
@@ -61,13 +71,23 @@ def list_photos(folder):
                   for name in names if name.lower().endswith(PHOTOS))
 
 
+def printable(path):
+    """A path as text that any terminal takes: file names may hold bytes that are no characters."""
+    return str(path).encode("utf-8", "backslashreplace").decode()
+
+
 def open_photo(path):
     """A Pillow image in mode L, LA, RGB or RGBA, whatever the file holds, turned upright as its EXIF tag says.
 
-    Values of 16 bits become 8 (65535 / 257 = 255), and `image.info["deep"]` tells. ValueError if it cannot be read.
+    Values of 16 bits become 8 (65535 / 257 = 255), and `image.info["deep"]` tells. ValueError if it cannot be read, or
+    has more than 89 million pixels: a small file may claim any size.
     """
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):   # a pipe would keep us waiting
+            raise ValueError("it is not a file")
         with Image.open(path) as image:
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise ValueError(f"it claims {image.width}x{image.height} pixels, more than {Image.MAX_IMAGE_PIXELS:,}")
             deep = image.mode.startswith("I") or any(";16" in str(tile[3]) for tile in image.tile)
             image = ImageOps.exif_transpose(image)
             if image.mode == "F":
@@ -82,7 +102,7 @@ def open_photo(path):
             return image
     except Exception as error:                        # damaged files make decoders raise nearly anything
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"cannot read {path} as a picture: {reason}") from error
+        raise ValueError(f"cannot read {printable(path)} as a picture: {reason}") from error
 
 
 def read_photo(path):
@@ -98,12 +118,32 @@ def sample_photo():
 def write_whole(path, save):
     """Call `save(temporary path)`, then move the file into place: `path` is written whole or not at all."""
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.part{path.suffix}")
     try:
         save(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())                   # on the disk before it takes the name: a power cut finds one or the other
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_tensors(state, path):
+    """torch.save by way of memory, so that a full disk is an OSError (torch's own writer raises whatever)."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    Path(path).write_bytes(buffer.getbuffer())
+
+
+def load_tensors(path, device="cpu"):
+    """What `save_tensors` wrote. Raises for anything else, be it made to harm: ValueError, or what torch raises.
+
+    weights_only: no code in the file is run. Nothing is compressed in an honest one, so it cannot swell in memory.
+    """
+    with zipfile.ZipFile(path) as file:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()):
+            raise ValueError(f"{path} was not written by this program: it is compressed")
+    return torch.load(path, map_location=device, weights_only=True)
 
 
 # --- Bicubic ----------------------------------------------------------------------------------------------------------
@@ -245,13 +285,23 @@ def load_run(run):
         if not (run / name).is_file():
             raise ValueError(f"{run} holds no finished run: {name} is missing; search.py --out {run} writes it")
     try:
-        network = Network(Architecture.from_json((run / "architecture.json").read_text(encoding="utf-8")))
+        architecture = Architecture.from_json((run / "architecture.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{run / 'architecture.json'}: {error}") from error
+    if (run / "network.pt").stat().st_size < 2 * architecture.parameters():     # before any memory is taken
+        raise ValueError(f"{run / 'network.pt'} is damaged or of another architecture: too small for "
+                         f"{architecture.parameters():,} parameters")
+    network = Network(architecture)
     try:
-        network.load_state_dict(torch.load(run / "network.pt", map_location="cpu", weights_only=True))
+        state = load_tensors(run / "network.pt")
+        if not all(tensor.is_floating_point() for tensor in state.values()):
+            raise ValueError("weights must be real numbers")
+        network.load_state_dict(state)
     except Exception as error:                        # zip reader, unpickler and torch each have their own
         raise ValueError(f"{run / 'network.pt'} is damaged or of another architecture: copy it again") from error
+    for name, parameter in network.named_parameters():
+        if not parameter.isfinite().all():
+            raise ValueError(f"{run / 'network.pt'} holds weights that are not finite ({name}): it cannot be used")
     return network.eval()
 
 
@@ -287,12 +337,21 @@ def sets_in(folder):
     return sorted(path.parent for path in Path(folder).glob("*/HR") if path.is_dir()) or [Path(folder)]
 
 
-def photos_of(folder):
-    """The photographs of one set, in its HR/ if it has one, else in the folder itself; ValueError if there are none."""
-    home = Path(folder, "HR") if Path(folder, "HR").is_dir() else Path(folder)
-    photos = list_photos(home)
+def photos_of(folder, scale):
+    """The photographs of one set that can be measured, in its HR/ if it has one, else in the folder itself.
+
+    The others are named on stderr. ValueError if none is left.
+    """
+    home, photos = Path(folder, "HR") if Path(folder, "HR").is_dir() else Path(folder), []
+    for path in list_photos(home):
+        try:
+            if min(open_photo(path).size) < 11 + 3 * scale:
+                raise ValueError(f"{printable(path)} is too small to be measured at x{scale}: it needs {11 + 3 * scale} pixels each way")
+            photos.append(path)
+        except ValueError as error:
+            print(f"skipped: {error}", file=sys.stderr)
     if not photos:
-        raise ValueError(f"{home} holds no photographs ({' '.join(PHOTOS)})")
+        raise ValueError(f"{home} holds no usable photographs ({' '.join(PHOTOS)})")
     return photos
 
 
@@ -300,22 +359,23 @@ def score(upscale, path, scale):
     """One photograph through a method: (HR, the method's result), both uint8 and ready for `psnr`."""
     photo = open_photo(path)
     hr = crop_to(np.array(photo.convert("RGB")), scale)
-    if min(hr.shape[:2]) < 11 + 2 * scale:
-        raise ValueError(f"{path} is too small to be measured at x{scale}: it needs {11 + 3 * scale} pixels each way")
     result = upscale(degrade(hr, scale))
     if photo.mode.startswith("L"):                    # grey on disk: its raw values are compared, not the luma
         hr, result = (np.array(Image.fromarray(image).convert("L")) for image in (hr, result))
     return hr, result
 
 
-def measure(upscale, folder, scale):
+def measure(upscale, photos, scale):
     """[(name, PSNR-Y, SSIM)] over one set, for any function from uint8 LR (h, w, 3) to uint8 (scale*h, scale*w, 3).
+
+    photos: the folder of a set, or a list of files as `photos_of` gives it.
 
     The LR images are made here, so no set needs to bring them; where one does, they are the same in every pixel.
     The bicubic baseline is measure(lambda lr: resize(lr, scale), folder, scale).
     """
     rows = []
-    for path in tqdm(photos_of(folder), desc=f"{folder} x{scale}", leave=False, disable=None):
+    photos = photos if isinstance(photos, list) else photos_of(photos, scale)
+    for path in tqdm(photos, desc=f"{photos[0].parent} x{scale}", leave=False, disable=None):
         hr, result = score(upscale, path, scale)
         rows.append((path.stem, psnr(hr, result, scale), ssim(hr, result, scale)))
     return rows
@@ -374,8 +434,9 @@ def draw_field(axis, scale, ours, against="multiply-adds"):
     for points, marker, colour in (PUBLISHED[scale], "o", "#999999"), (ours, "*", "#D55E00"):
         for i, (name, numbers) in enumerate(sorted(points.items(), key=lambda point: point[1][column])):
             axis.plot(numbers[column], numbers[2], marker, color=colour, markersize=8 if marker == "o" else 15)
-            axis.annotate(name, (numbers[column], numbers[2]), (0, (8, -16)[i % 2]), textcoords="offset points",
-                          ha="center", fontsize=10)                # neighbours write above and below in turn
+            place, side = ((0, (8, -16)[i % 2]), "center") if marker == "o" else ((9, -4), "left")
+            axis.annotate(name, (numbers[column], numbers[2]), place, textcoords="offset points", ha=side, fontsize=10,
+                          color="black" if marker == "o" else colour)      # neighbours write above and below in turn
     unit = ("thousands of parameters", "multiply-adds (G) for a 1280x720 output")[column]
     axis.margins(0.12)
     axis.set(xscale="log", xlabel=unit, ylabel="PSNR-Y (dB) on Set5", title=f"x{scale}")
@@ -469,13 +530,13 @@ def run_benchmark(network, run, folders):
     scale = network.architecture.scale
     bicubic, ours = lambda lr: resize(lr, scale), lambda lr: super_resolve(network, lr)
     sets = [each for folder in folders for each in sets_in(folder)]
-    photos = {each: photos_of(each) for each in sets}      # a missing or empty folder ends here, before the long work
+    photos = {each: photos_of(each, scale) for each in sets}       # a missing or empty folder ends here, before the long work
     means = {}
     for each in sets:
-        base, found = measure(bicubic, each, scale), measure(ours, each, scale)
+        base, found = measure(bicubic, photos[each], scale), measure(ours, photos[each], scale)
         name = each.resolve().name
         methods = [("bicubic", None, base), ("ours", network.architecture, found)]
-        print(format_table(f"{name}, x{scale}", methods), flush=True)
+        print(format_table(f"{name}, x{scale}, {len(photos[each])} photographs", methods), flush=True)
         means[name] = {method: dict(zip(("psnr", "ssim"), np.mean([row[1:] for row in rows], axis=0)))
                        for method, _, rows in methods}
         gains = [row[1] - floor[1] for row, floor in zip(found, base)]
@@ -509,12 +570,45 @@ def run_upscale(network, photo, output):
     print(f"{output}: {result.width}x{result.height}, {result.mode}")
 
 
+def run_time(network, device):
+    a, network = network.architecture, network.to(memory_format=torch.channels_last)
+    took = milliseconds(network, features(3, 1, a.scale, device), seconds=3)
+    threads = f", {torch.get_num_threads()} threads" if torch.device(device).type == "cpu" else ""
+    print(f"{took:.4g} ms for a 1280x720 output, {a.multiply_adds() / 1e9:.4g}G multiply-adds: "
+          f"{a.multiply_adds() / took / 1e6:.3g}G a second ({device}{threads}, float32, median)")
+
+
+def run_export(network, path):
+    """Write the network as a graph of torch's own operations, and load it again to see that it computes the same.
+
+    The graph takes float (B, 3, h, w) in [0, 1], with any B, h and w, and gives (B, 3, scale h, scale w), not clipped.
+    """
+    if path.suffix != ".pt2":
+        raise ValueError(f"{path} must end in .pt2, torch.export's own format")
+    example, free = torch.rand(2, 3, 24, 32), torch.export.Dim.AUTO
+    program = torch.export.export(network, (example,), dynamic_shapes=({0: free, 2: free, 3: free},))
+    buffer = io.BytesIO()                                  # by way of memory, as in `save_tensors`
+    torch.export.save(program, buffer)
+    write_whole(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
+    again, largest = torch.export.load(path).module(), 0.0
+    with torch.inference_mode():
+        for shape in (1, 3, 17, 40), (3, 3, 64, 31):           # sizes that the export never saw
+            image = torch.rand(shape)
+            largest = max(largest, (again(image) - network(image)).abs().max().item())
+    if largest > 1e-5:
+        raise ValueError(f"{path} computes something else than the network: largest difference {largest:.1e}")
+    print(f"{path}: {path.stat().st_size / 1e3:.0f} kB; loaded again, largest difference {largest:.1e}")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="evaluate.py", description="Measure a found network, or use it.")
+    parser.error = lambda message: parser.exit(2, f"evaluate.py: error: {message}\n")      # one line, no usage
     parser.add_argument("run", metavar="RUN", nargs="?", help="folder written by search.py (architecture.json, network.pt)")
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--benchmark", nargs="+", metavar="DIR", help="sets: photographs in DIR, DIR/HR or DIR/*/HR")
     task.add_argument("--upscale", metavar="PHOTO", help="picture to enlarge")
+    task.add_argument("--time", action="store_true", help="time the network alone for a 1280x720 output")
+    task.add_argument("--export", metavar="FILE.pt2", help="write the network with torch.export, for pictures of any size")
     task.add_argument("--compare", nargs="+", metavar="RUN", help="activations: a table and a figure (comparison.png, or -o)")
     parser.add_argument("-o", "--output", metavar="FILE", help=f"where --upscale writes ({' '.join(OUTPUTS)})")
     parser.add_argument("--device", default="cpu", help="where the network runs (default: cpu, for figures that repeat)")
@@ -533,6 +627,10 @@ def main(argv=None):
             raise ValueError(f"--device {args.device} does not work here: {str(error).splitlines()[0]}") from error
         if args.benchmark:
             run_benchmark(network, args.run, args.benchmark)
+        elif args.time:
+            run_time(network, args.device)
+        elif args.export:
+            run_export(network, Path(args.export))
         else:
             run_upscale(network, args.upscale, args.output)
     except (ValueError, OSError) as error:

@@ -4,6 +4,7 @@ import doctest
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 from fractions import Fraction
@@ -233,7 +234,7 @@ def test_benchmark_prints_a_table_and_saves_crops(run, tmp_path, capsys):
     evaluate.main([str(run), "--benchmark", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
     network = evaluate.load_run(run)
-    assert lines[0] == "### Tiny, x2" and "1280x720" in lines[2] and lines[4].startswith("| bicubic | - | - |")
+    assert lines[0] == "### Tiny, x2, 2 photographs" and "1280x720" in lines[2] and lines[4].startswith("| bicubic | - | - |")
     assert lines[5].startswith(f"| ours | {network.architecture.parameters():,} | ")
     assert Image.open(run / "crops_Tiny.png").size > (500, 300)
 
@@ -257,8 +258,27 @@ def test_mistakes_are_one_line_and_status_2(run, tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             evaluate.main([str(folder), *map(str, rest)])
         message = capsys.readouterr().err
-        assert stop.value.code == 2 and message.count("\n") == 1 and message.startswith("evaluate.py: error: "), rest
+        *others, last = message.splitlines()
+        assert stop.value.code == 2 and last.startswith("evaluate.py: error: "), rest
+        assert all(line.startswith("skipped: ") for line in others), rest
     assert sorted(tmp_path.rglob("*")) == before
     done = subprocess.run([sys.executable, ROOT / "evaluate.py", tmp_path / "none", "--benchmark", tmp_path],
                           capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr and "architecture.json is missing" in done.stderr
+
+
+def test_a_network_is_timed_and_exported(run, tmp_path, capsys):
+    evaluate.main([str(run), "--time"])
+    a = evaluate.load_run(run).architecture
+    assert re.fullmatch(r"[\d.e+]+ ms for a 1280x720 output, " + re.escape(f"{a.multiply_adds() / 1e9:.4g}G multiply-adds: ")
+                        + r".* a second \(cpu, \d+ threads, float32, median\)", capsys.readouterr().out.strip())
+    evaluate.main([str(run), "--export", str(tmp_path / "a.pt2")])
+    assert "loaded again, largest difference" in capsys.readouterr().out
+    program, network = torch.export.load(tmp_path / "a.pt2").module(), evaluate.load_run(run)
+    image = torch.rand(2, 3, 13, 50)
+    with torch.no_grad():
+        torch.testing.assert_close(program(image), network(image), rtol=0, atol=1e-5)
+    for arguments in (["--export", str(tmp_path / "a.onnx")], ["--export", str(tmp_path / "none/a.pt2")]):
+        with pytest.raises(SystemExit) as stop:
+            evaluate.main([str(run), *arguments])
+        assert stop.value.code == 2 and capsys.readouterr().err.startswith("evaluate.py: error: ")
