@@ -1,0 +1,451 @@
+"""Nothing costs a user work, or gives a wrong number silently: kills, full disks, divergence, rubbish, hostile files."""
+import csv
+import io
+import json
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+import search
+from search_space import Architecture
+from test_search import TINY, photos, run                      # noqa: F401 (photos is a fixture)
+
+ROOT = Path(search.__file__).parent
+
+
+def refused(main, *arguments) -> str:
+    """Status 2 and one line: the line."""
+    err, old = io.StringIO(), sys.stderr
+    sys.stderr = err
+    try:
+        with pytest.raises(SystemExit) as stop:
+            main(list(map(str, arguments)))
+    finally:
+        sys.stderr = old
+    assert stop.value.code == 2, err.getvalue()
+    *_, last = err.getvalue().strip().splitlines()
+    assert last.startswith(("search.py: error: ", "evaluate.py: error: ")) and "Traceback" not in err.getvalue()
+    return last
+
+
+def same_results(a: Path, b: Path):
+    x, y = (torch.load(folder / "network.pt", weights_only=True) for folder in (a, b))
+    assert x.keys() == y.keys() and all(torch.equal(x[key], y[key]) for key in x)
+    assert (a / "architecture.json").read_text() == (b / "architecture.json").read_text()
+    x, y = (list(csv.DictReader((folder / "history.csv").open())) for folder in (a, b))
+    assert [row | dict(seconds=0) for row in x] == [row | dict(seconds=0) for row in y]
+    with np.load(a / "distributions.npz") as x, np.load(b / "distributions.npz") as y:
+        assert all(np.array_equal(x[key], y[key]) for key in x)
+
+
+# --- Kills ---------------------------------------------------------------------------------------------------------
+
+# Imports once; then each attempt is a child of its own, killed after a random time.
+KILLER = """
+import os, random, signal, sys, time
+from pathlib import Path
+sys.path.insert(0, {root!r})
+import search
+search.SAVE_SECONDS = 0                                        # a checkpoint after every step
+
+def attempt(options, out, delay=None):                        # -> seconds to the first checkpoint and to the end, status
+    begun, child, ready = time.time(), os.fork(), None
+    if child == 0:
+        search.main([*options, "--out", str(out)])
+        os._exit(0)
+    while delay is None or time.time() - begun < delay:
+        done, status = os.waitpid(child, os.WNOHANG)
+        ready = ready or (out / "checkpoint.pt").exists() and time.time() - begun
+        if done:
+            return ready, time.time() - begun, status
+        time.sleep(0.002)
+    os.kill(child, signal.SIGKILL)
+    return ready, delay, os.waitpid(child, 0)[1]
+
+options, straight, out = {options!r}, Path({straight!r}), Path({out!r})
+ready, whole, status = attempt(options, straight)
+assert status == 0
+rng, killed, tried = random.Random(0), 0, 0
+while killed < 20:
+    tried += 1                                                 # ever more patience, should the machine have become slow
+    begun = any((out / name).exists() for name in search.CHECKPOINTS)
+    if not begun and out.exists():
+        for file in out.iterdir():                             # killed before the first checkpoint: nothing to resume
+            file.unlink()
+    delay = 0.9 * ready + rng.uniform(0, 0.2) * (whole - ready) + 0.02 * tried * whole * (not begun)
+    _, _, status = attempt(["--resume"] if begun else options, out, delay)
+    assert status in (0, signal.SIGKILL), status
+    killed += begun and status != 0
+assert attempt(["--resume"], out)[-1] == 0
+"""
+
+
+def test_twenty_kills_change_no_bit(tmp_path, photos):
+    options = [*TINY, "--data", str(photos), "--budget", "2G", "--seed", "3", "--search", "30", "--steps", "60"]
+    script = KILLER.format(root=str(ROOT), options=options, straight=str(tmp_path / "straight"), out=str(tmp_path / "killed"))
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr[-3000:]
+    same_results(tmp_path / "straight", tmp_path / "killed")
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, photos, capsys):
+    straight, out = (run(tmp_path / name, "--data", photos, "--budget", "2G") for name in "ab")
+    newest, before = (out / name for name in search.CHECKPOINTS)
+    whole = newest.read_bytes()
+    for damage in whole[:-1000], whole[:100], b"", whole[:5000] + bytes(5000) + whole[10000:]:
+        newest.write_bytes(damage)
+        keep = before.read_bytes()
+        capsys.readouterr()
+        search.main(["--resume", "--out", str(out)])
+        assert "checkpoint.pt is missing or damaged" in capsys.readouterr().err
+        same_results(straight, out)
+        before.write_bytes(keep)                               # (saved over by the run that went on)
+    newest.unlink()                                            # killed between two renames
+    search.main(["--resume", "--out", str(out)])
+    same_results(straight, out)
+    for path in newest, before:
+        path.write_bytes(b"rubbish")
+    assert "no checkpoint in" in refused(search.main, "--resume", "--out", out)
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("seconds", [0.0, 1.5])                # while pictures are made, and later
+def test_signals_end_in_one_line(tmp_path, number, status, seconds):
+    # The first line tells when Python has done importing; a signal before that is Python's own affair.
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import search; print('ready', flush=True); search.main()"
+    process = subprocess.Popen([sys.executable, "-c", code, *TINY, "--out", str(tmp_path / "a"), "--steps", "100000"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    time.sleep(0.3 + seconds)
+    process.send_signal(number)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == status and "Traceback" not in error and "interrupted" in error.splitlines()[-1]
+    if (tmp_path / "a" / "checkpoint.pt").exists():
+        assert "go on with: python search.py --resume --out" in error
+
+
+# --- Disks ---------------------------------------------------------------------------------------------------------
+
+def test_a_full_disk_is_one_line_and_spares_what_was_saved(tmp_path, photos):
+    out = tmp_path / "a"
+    command = [sys.executable, str(ROOT / "search.py")]
+    short = subprocess.run([*command, *TINY, "--out", str(out), "--data", str(photos), "--budget", "2G"], capture_output=True)
+    assert short.returncode == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    for limit in 1000, len(before["checkpoint.pt"]) // 2:      # bytes a file may have: no file of that size fits any more
+        full = subprocess.run([*command, "--resume", "--out", str(out)], capture_output=True, text=True,
+                              preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+        assert full.returncode == 2 and "Traceback" not in full.stderr
+        assert "File too large" in full.stderr.splitlines()[-1] and "--resume" in full.stderr.splitlines()[-1]
+        for name in "checkpoint.pt", "checkpoint.before.pt", "network.pt", "architecture.json", "settings.json":
+            assert (out / name).read_bytes() == before[name]
+        assert not list(out.glob(".*"))                        # no halves
+
+
+def test_folders_that_cannot_be_written_or_vanish(tmp_path, photos, monkeypatch):
+    assert "error" in refused(search.main, *TINY, "--data", photos, "--budget", "2G", "--out", "/proc/nowhere/run")
+    (tmp_path / "file").touch()
+    assert "is a file" in refused(search.main, *TINY, "--out", tmp_path / "file")
+    out, step = tmp_path / "a", search.Run.training_step
+
+    def vanish(self):
+        step(self)
+        shutil.rmtree(out, ignore_errors=True)
+    monkeypatch.setattr(search.Run, "training_step", vanish)
+    assert "No such file" in refused(search.main, *TINY, "--data", photos, "--budget", "2G", "--out", out)
+    monkeypatch.undo()
+    data = shutil.copytree(photos, tmp_path / "data")
+    run(out, "--data", data, "--budget", "2G")
+    shutil.rmtree(data)
+    assert "data is not a folder" in refused(search.main, "--resume", "--out", out)
+
+
+# --- Divergence ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("at, who", [(2, "supernet's weights"), (5, "supernet's logits"), (18, "found network's weights")])
+def test_a_bad_loss_is_not_learned_from(tmp_path, photos, monkeypatch, capsys, at, who):
+    """The at-th batch holds one NaN: back to the checkpoint, half the rate, and the run ends well."""
+    monkeypatch.setattr(search, "SAVE_SECONDS", 0)
+    batch, calls = search.Patches.batch, []
+
+    def poisoned(self, *args):
+        lr, hr = batch(self, *args)
+        calls.append(0)
+        if len(calls) == at:
+            hr = hr.clone()
+            hr[0, 0, 0, 0] = torch.nan
+        return lr, hr
+    monkeypatch.setattr(search.Patches, "batch", poisoned)
+    out = run(tmp_path / "a", "--data", photos, "--budget", "2G")
+    error = capsys.readouterr().err
+    assert f"the loss of the {who} is nan: back to step" in error and "half the learning rate" in error
+    assert json.loads((out / "results.json").read_text())["halvings"] == 1
+    rows = list(csv.DictReader((out / "history.csv").open()))
+    assert [int(row["step"]) for row in rows] == list(range(1, 15)) and "nan" not in (out / "history.csv").read_text()
+
+
+def test_a_run_that_keeps_diverging_gives_up(tmp_path, photos, monkeypatch):
+    loss = search.Run.loss
+    monkeypatch.setattr(search.Run, "loss", lambda self, *args: loss(self, *args) * (torch.inf if self.step > 9 else 1))
+    line = refused(search.main, *TINY, "--data", photos, "--budget", "2G", "--out", tmp_path / "a")
+    assert "step 10: the loss of the found network's weights is inf" in line and "3 times" in line and "lower --rate" in line
+    state = evaluate.load_tensors(tmp_path / "a" / "checkpoint.pt")
+    assert all(tensor.isfinite().all() for tensor in (state.get("network") or state["supernet"]).values())
+
+
+def test_a_bad_step_leaves_everything_as_it_was(tmp_path, photos):
+    from test_search import make_run
+    made = make_run(photos, tmp_path)
+    made.search_step(0.5)
+    before = [p.detach().clone() for p in made.supernet.parameters()]
+    made.loss = lambda *args: made.supernet.head.weight.sum() * torch.nan + made.supernet.gamma.sum()
+    made.search_step(0.5)
+    assert all(torch.equal(p, b) for p, b in zip(made.supernet.parameters(), before))
+    with pytest.raises(FloatingPointError):
+        made.save()
+
+
+# --- Rubbish among the photographs ---------------------------------------------------------------------------------
+
+def png(width, height, rows=b"") -> bytes:
+    """A PNG file that claims a size."""
+    def chunk(name, data):
+        return len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
+    head = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([1, 0, 0, 0, 0])
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def fill_with_rubbish(folder: Path, count: int) -> list[str]:
+    """`count` or more mutilated and odd files; returns the names of those that are sound."""
+    rng, folder = random.Random(0), Path(folder)
+    picture = Image.fromarray(search.dead_leaves(64, np.random.default_rng(0)))
+    sound, encoded = [], {}
+    for ending, options in ("png", {}), ("jpg", dict(quality=90)), ("webp", dict(quality=80)), ("bmp", {}):
+        buffer = io.BytesIO()
+        picture.save(buffer, {"jpg": "JPEG"}.get(ending, ending.upper()), **options)
+        encoded[ending] = buffer.getvalue()
+
+    def keep(name, image, **options):
+        image.save(folder / name, **options)
+        sound.append(name)
+    keep("a name with spaces.png", picture)
+    keep("größe 写真.png", picture)
+    keep("palette.png", picture.quantize(16))
+    keep("cmyk.jpg", picture.convert("CMYK"))
+    keep("grey.png", picture.convert("L"))
+    keep("alpha.png", picture.convert("RGBA"))
+    keep("bilevel.png", picture.convert("1"))
+    keep("sixteen.png", Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257))
+    keep("animated.png", picture, save_all=True, append_images=[picture.rotate(90)])
+    keep("animated.webp", picture, save_all=True, append_images=[picture.rotate(90)])
+    exif = Image.Exif()
+    exif[0x0112] = 6                                           # held sideways
+    keep("rotated.jpg", picture.crop((0, 0, 64, 48)), exif=exif, quality=95)
+    (folder / "really a jpeg.png").write_bytes(encoded["jpg"])
+    sound.append("really a jpeg.png")
+    picture.save(folder / "animation.gif")
+    os.rename(folder / "animation.gif", folder / "a gif.png")
+    sound.append("a gif.png")
+    Image.new("RGB", (1, 1)).save(folder / "one pixel.png")
+    Image.new("RGB", (3, 100000)).save(folder / "thin.png")
+    (folder / "zero.png").write_bytes(b"")
+    (folder / "text.jpg").write_text("not a picture")
+    (folder / "bomb.png").write_bytes(png(60000, 60000))
+    (folder / "bomb that is full.png").write_bytes(png(9500, 9500, bytes(9500 * (1 + 1188))))
+    (folder / "loop.png").symlink_to("loop.png")
+    (folder / "broken link.png").symlink_to("nowhere.png")
+    (folder / "round").symlink_to(folder)
+    os.mkfifo(folder / "pipe.png")
+    (folder / "a folder.png").mkdir()
+    (folder / "notes.txt").write_text("left alone")
+    with open(os.fsencode(folder) + b"/bytes \xff\xfe.png", "wb") as file:
+        file.write(b"rubbish")
+    for i in range(count):
+        ending = rng.choice(sorted(encoded))
+        data = bytearray(encoded[ending])
+        how = rng.randrange(4)
+        if how == 0:
+            data = data[:rng.randrange(1, len(data))]          # truncated
+        elif how == 1:
+            for _ in range(rng.randrange(1, 40)):              # single bytes changed, mostly in the header
+                data[min(int(rng.expovariate(0.01)), len(data) - 1)] = rng.randrange(256)
+        elif how == 2:
+            begin = rng.randrange(len(data))
+            data[begin:begin + rng.randrange(1, 500)] = b""    # a hole
+        else:
+            ending = rng.choice(sorted(encoded))               # whose ending may lie
+        (folder / f"mutilated {i:03d}.{ending}").write_bytes(data)
+    return sound
+
+
+@pytest.fixture(scope="module")
+def rubbish(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rubbish")
+    return folder, fill_with_rubbish(folder, 300)
+
+
+def peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def test_rubbish_in_training_photographs(rubbish, capsys):
+    folder, sound = rubbish
+    before, begun = peak(), time.time()
+    pairs = search.load_photos(str(folder), 2, 8, 0)
+    error = capsys.readouterr().err
+    skipped = [line for line in error.splitlines() if line.startswith("skipped: ")]
+    there = [path for path in folder.iterdir() if path.suffix in evaluate.PHOTOS and not path.is_dir()]
+    assert len(there) > 320 and len(pairs) + len(skipped) == len(there)         # each is used or named
+    assert not [name for name in sound if name in error] and "notes.txt" not in error
+    for name in "zero.png", "bomb.png", "bomb that is full.png", "loop.png", "pipe.png", "broken link.png", "thin.png", "one pixel":
+        assert any(name in line for line in skipped), name
+    assert "Traceback" not in error and time.time() - begun < 120 and peak() - before < 1e9
+
+
+def test_a_photograph_held_sideways_is_read_upright(rubbish):
+    hr = evaluate.read_photo(rubbish[0] / "rotated.jpg")
+    upright = np.rot90(search.dead_leaves(64, np.random.default_rng(0))[:48], -1)
+    assert hr.shape == (64, 48, 3) and np.abs(hr.astype(int) - upright).mean() < 8
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, photos):
+    return run(tmp_path_factory.mktemp("finished") / "a", "--data", photos, "--budget", "2G")
+
+
+def test_rubbish_in_a_benchmark(rubbish, finished, capsys):
+    folder, sound = rubbish
+    evaluate.main([str(finished), "--benchmark", str(folder)])
+    out, error = capsys.readouterr()
+    skipped = [line for line in error.splitlines() if line.startswith("skipped: ")]
+    there = [path for path in folder.iterdir() if path.suffix in evaluate.PHOTOS and not path.is_dir()]
+    assert f"{len(there) - len(skipped)} photographs" in out and "Traceback" not in error
+    assert not [name for name in sound if any(name in line for line in skipped)]
+    (finished / "benchmark.json").unlink()
+
+
+def test_rubbish_to_enlarge(rubbish, finished, tmp_path):
+    folder, sound = rubbish
+    good = 0
+    for path in sorted(path for path in folder.iterdir() if path.suffix in evaluate.PHOTOS):
+        try:
+            evaluate.main([str(finished), "--upscale", str(path), "-o", str(tmp_path / "large.png")])
+            good += 1
+        except SystemExit as stop:
+            assert stop.code == 2 and path.name not in sound and not (tmp_path / "large.png").exists(), path
+        (tmp_path / "large.png").unlink(missing_ok=True)
+    assert good >= len(sound)
+
+
+# --- Files of other people -----------------------------------------------------------------------------------------
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/trilevel-was-here",)
+
+
+def hostile_files(sound: bytes):
+    """name: bytes of a network.pt or checkpoint.pt that must not be believed."""
+    yield "a pickle that runs code", pickle.dumps(Hostile())
+    buffer = io.BytesIO()
+    torch.save(Hostile(), buffer)
+    yield "the same, saved by torch", buffer.getvalue()
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(sound)) as old, zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, old.read(entry) + bytes(10 ** 8) * entry.filename.endswith("/0"))
+    yield "one that swells", buffer.getvalue()
+    yield "nothing", b""
+    yield "text", b"not a network" * 1000
+    for state in {}, [], {"step": 1}, {"a": torch.zeros(3)}, torch.zeros(5):
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        yield f"other tensors: {state}", buffer.getvalue()
+
+
+def test_weights_of_other_people(finished, tmp_path):
+    mine = shutil.copytree(finished, tmp_path / "a")
+    state = torch.load(mine / "network.pt", weights_only=True)
+    before = peak()
+    for name, data in hostile_files((mine / "network.pt").read_bytes()):
+        (mine / "network.pt").write_bytes(data)
+        assert "network.pt" in refused(evaluate.main, mine, "--time"), name
+    first = next(iter(state))
+    for change in ({first: torch.full_like(state[first], torch.nan)}, {"more": torch.zeros(1)},
+                   {first: torch.zeros(1).expand(10 ** 6, 10 ** 6)}, {first: torch.zeros_like(state[first]).to(torch.complex64)}):
+        torch.save(state | change, mine / "network.pt")
+        assert "network.pt" in refused(evaluate.main, mine, "--time") or "more" in change, change
+    torch.save({key: value for key, value in state.items() if key != first}, mine / "network.pt")
+    assert "network.pt" in refused(evaluate.main, mine, "--time")
+    assert not Path("/tmp/trilevel-was-here").exists() and peak() - before < 5e8
+
+
+@pytest.mark.parametrize("change", [
+    dict(path="c" * 10 ** 6), dict(channels=2 ** 31), dict(channels=1e400), dict(scale=True), dict(path=7), dict(path="u"),
+    dict(operations=[["conv3x3"] * 10 ** 5], widths=[[16] * 10 ** 5]), dict(widths="16"), dict(operations=None), dict(more=1),
+    dict(channels=512, path="c" * 64, operations=[["residual"] * 64] * 64, widths=[[512] * 63] * 64)])
+def test_architectures_of_other_people(finished, tmp_path, change):
+    mine, before = shutil.copytree(finished, tmp_path / "a"), peak()
+    fields = json.loads((mine / "architecture.json").read_text()) | change
+    (mine / "architecture.json").write_text(json.dumps(fields))
+    line = refused(evaluate.main, mine, "--time")
+    assert len(line) < 500 and peak() - before < 3e8
+
+
+@pytest.mark.parametrize("text", ["", "[]", "[" * 10 ** 5, "{}", "null", "\xff", '{"scale": 2}'])
+def test_architecture_files_that_are_none(finished, tmp_path, text):
+    mine = shutil.copytree(finished, tmp_path / "a")
+    (mine / "architecture.json").write_bytes(text.encode("latin-1"))
+    assert "architecture.json" in refused(evaluate.main, mine, "--time")
+
+
+def test_checkpoints_and_settings_of_other_people(finished, tmp_path):
+    mine = shutil.copytree(finished, tmp_path / "a")
+    (mine / "checkpoint.before.pt").unlink()
+    for name, data in hostile_files((mine / "checkpoint.pt").read_bytes()):
+        (mine / "checkpoint.pt").write_bytes(data)
+        assert "no checkpoint in" in refused(search.main, "--resume", "--out", mine), name
+    assert not Path("/tmp/trilevel-was-here").exists()
+    for change in (dict(channels=2 ** 31), dict(cells=10 ** 6), dict(steps="many"), dict(scale=7), dict(budget="banana"), dict(more=1),
+                   dict(activation=5), dict(batch=10 ** 8), dict(seed=-1), dict(device="meta"), dict(bfloat16="yes"), dict(data=["x"]),
+                   dict(help=True), dict(unit="hours"), dict(resume=True)):
+        whole = json.loads((finished / "settings.json").read_text())
+        (mine / "settings.json").write_text(json.dumps(dict(settings=whole["settings"] | change)))
+        assert len(refused(search.main, "--resume", "--out", mine)) < 500, change
+    for text in "", "{}", "[]", '{"settings": 3}', '{"settings": {}}':
+        (mine / "settings.json").write_text(text)
+        assert "settings.json is missing or damaged" in refused(search.main, "--resume", "--out", mine)
+
+
+# --- Bits ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_same_seed_gives_the_same_bits(tmp_path, photos, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        a, b = (run(tmp_path / name, "--data", photos, "--budget", "2G", "--seed", 5) for name in "ab")
+    finally:
+        torch.set_num_threads(before)
+    same_results(a, b)
+
+
+def test_an_architecture_survives_its_file():
+    a = Architecture(2, 16, "cu", (("dws", "skip1x1"),), ((8,),))
+    assert Architecture.from_json(a.to_json()) == a
