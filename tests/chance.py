@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import search
@@ -149,7 +150,7 @@ def main():
     rows = {}                                                  # name -> one list of PSNRs for each seed
 
     with multiprocessing.get_context("fork").Pool(workers) as pool:            # children share the photographs
-        found = pool.map(task, [(searched, settings, seed) for seed in seeds], chunksize=1)
+        found = list(tqdm(pool.imap(task, [(searched, settings, seed) for seed in seeds]), total=len(seeds), desc="searches"))
         jobs, randoms, contenders = [], [], {}
         for seed, (a, _, psnr) in zip(seeds, found):
             rows.setdefault("found: search, then training", []).append(psnr)
@@ -159,7 +160,7 @@ def main():
             contenders[seed]["residual blocks by hand"] = by_hand(space, a.multiply_adds())
             jobs += [(trained, settings, seed, b) for b in contenders[seed].values()]
         jobs += [(chosen, settings, seed, each, f[1]) for seed, each, f in zip(seeds, randoms, found)]
-        done = iter(pool.map(task, jobs, chunksize=1))
+        done = iter(list(tqdm(pool.imap(task, jobs), total=len(jobs), desc="networks")))
     for seed in seeds:
         for name in contenders[seed]:
             rows.setdefault(name, []).append(next(done))
