@@ -698,7 +698,7 @@ def describe(settings: argparse.Namespace) -> dict:
     return dict(settings=vars(settings), command=shlex.join(["python", *sys.argv]),
                 versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
                 hardware=torch.cuda.get_device_name(device) if device.type == "cuda" else
-                f"{torch.get_num_threads()} threads on {os.cpu_count()} CPU cores")
+                f"{torch.get_num_threads()} of {os.cpu_count()} CPU cores")
 
 
 def resumed(run: Run) -> Run:
