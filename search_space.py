@@ -367,7 +367,8 @@ class Tail(nn.Module):
 
 def enlarge(x: torch.Tensor, scale: int) -> torch.Tensor:
     """Bicubic enlargement of the input, the base that `output="skip"` adds to; (B, 3, h, w) -> (B, 3, sh, sw)."""
-    return F.interpolate(x, scale_factor=scale, mode="bicubic", align_corners=False)
+    # (.contiguous(): on a CPU this takes three times as long in channels_last, 2 ms of a small network's training step of 30.)
+    return F.interpolate(x.contiguous(), scale_factor=scale, mode="bicubic", align_corners=False)
 
 
 def make_up(space, prefix: str) -> Up:
