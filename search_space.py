@@ -32,6 +32,7 @@ milliseconds for such an output, on the machine at hand: the two do not order ne
 
     python search_space.py        # the published networks rebuilt, and how large the space is; seconds on any CPU
 """
+import ctypes
 import json
 import math
 import random
@@ -434,8 +435,24 @@ def counted_costs(space: Space) -> Costs:
 
 
 @torch.inference_mode()
+def keep_memory():
+    """Let this process keep what it frees (glibc only; elsewhere nothing happens).
+
+    Features of a large picture take tens of megabytes. glibc hands such blocks back to the system at each turn and gets them
+    again page by page, more of them or fewer depending on what the process did before: the same network took 128 ms, or 235,
+    or 300. Kept, they cost nothing, and a time means the network's arithmetic.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return
+    mallopt(-1, 2 ** 31 - 1)                                   # M_TRIM_THRESHOLD: keep the end of the heap
+    mallopt(-4, 0)                                             # M_MMAP_MAX: no blocks outside of the heap
+
+
 def milliseconds(module, *inputs: torch.Tensor, seconds: float = 0.3) -> float:
     """The median time of module(*inputs), called for `seconds` but at least twice; a GPU is waited for."""
+    keep_memory()
     module(*inputs)                                            # the first call sets things up
     timer = Timer("module(*inputs)", globals=dict(module=module, inputs=inputs), num_threads=torch.get_num_threads())
     return 1e3 * timer.blocked_autorange(min_run_time=seconds).median
