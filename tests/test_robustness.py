@@ -90,6 +90,8 @@ while killed < 20:
     delay = 0.9 * ready + rng.uniform(0, 0.2) * (whole - ready) + 0.02 * tried * whole * (not begun)
     _, _, status = attempt(["--resume"] if begun else options, out, delay)
     assert status in (0, signal.SIGKILL), status
+    if status == 0:                                            # it came to its end: from now on kill earlier
+        ready, whole = 0.7 * ready, 0.7 * whole
     killed += begun and status != 0
 assert attempt(["--resume"], out)[-1] == 0
 """
