@@ -84,6 +84,7 @@ ORDER = 1e-3                   # weight of the order term
 SAVE_SECONDS = 60              # a killed run loses at most this much
 HALVINGS = 3                   # how often a run that diverges is tried again
 CHECKPOINTS = "checkpoint.pt", "checkpoint.before.pt"
+BEGUN = "settings.json", "milliseconds.json", ".*.part.*"      # all that a run killed before its first checkpoint leaves behind
 # torchrun starts WORLD processes and numbers them. All hold the same weights and logits; each computes its share of a batch,
 # and gradients are averaged. Process 0 alone writes and prints.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -649,7 +650,7 @@ def settings_of(args: argparse.Namespace) -> tuple[argparse.Namespace, Path]:
         return argparse.Namespace(**saved), out
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: choose another --out")
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and not all(any(file.match(name) for name in BEGUN) for file in out.iterdir()):
         raise ValueError(f"{out} is not empty: go on with --resume, choose another --out, or delete it")
     device = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     preset = given.get("preset") or ("full" if device.startswith("cuda") else "lesson")

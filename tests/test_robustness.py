@@ -84,9 +84,6 @@ rng, killed, tried = random.Random(0), 0, 0
 while killed < 20:
     tried += 1                                                 # ever more patience, should the machine have become slow
     begun = any((out / name).exists() for name in search.CHECKPOINTS)
-    if not begun and out.exists():
-        for file in out.iterdir():                             # killed before the first checkpoint: nothing to resume
-            file.unlink()
     delay = 0.9 * ready + rng.uniform(0, 0.2) * (whole - ready) + 0.02 * tried * whole * (not begun)
     _, _, status = attempt(["--resume"] if begun else options, out, delay)
     assert status in (0, signal.SIGKILL), status
@@ -104,6 +101,15 @@ def test_twenty_kills_change_no_bit(tmp_path, photos):
                             env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr[-3000:]
     same_results(tmp_path / "straight", tmp_path / "killed")
+
+
+def test_a_run_killed_before_its_first_checkpoint_is_begun_anew(tmp_path, photos):
+    straight, out = run(tmp_path / "straight", "--data", photos, "--budget", "2G"), tmp_path / "killed"
+    out.mkdir()
+    for name in "settings.json", ".settings.part.json", ".checkpoint.part.pt":
+        (out / name).write_text("half of")
+    assert "no run to resume" in refused(search.main, "--resume", "--out", out)
+    same_results(straight, run(out, "--data", photos, "--budget", "2G"))
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, photos, capsys):
