@@ -434,7 +434,6 @@ def counted_costs(space: Space) -> Costs:
                  {m: 27.0 * nf * (space.scale // m) ** 2 * n for m, n in pixels.items()}, 27.0 * nf * lr)
 
 
-@torch.inference_mode()
 def keep_memory():
     """Let this process keep what it frees (glibc only; elsewhere nothing happens).
 
@@ -450,6 +449,7 @@ def keep_memory():
     mallopt(-4, 0)                                             # M_MMAP_MAX: no blocks outside of the heap
 
 
+@torch.inference_mode()
 def milliseconds(module, *inputs: torch.Tensor, seconds: float = 0.3) -> float:
     """The median time of module(*inputs), called for `seconds` but at least twice; a GPU is waited for."""
     keep_memory()
