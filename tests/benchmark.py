@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import search
 from evaluate import degrade, write_whole
-from search_space import OPERATIONS, Network
+from search_space import OPERATIONS, Network, keep_memory
 from sparsestmax import sparsestmax
 from supernet import live_choices
 
@@ -187,6 +187,7 @@ def whole_run(settings, pairs):
 # --- The map -------------------------------------------------------------------------------------------------------
 
 def maps(rounds, device):
+    keep_memory()                                              # or pages that come and go are half of the time, for all alike
     rows = ["| forward + backward | shape | median | quartiles | x torch.softmax |", "|---|---|---:|---:|---:|"]
     candidates = {"torch.softmax": lambda z: z.softmax(-1), "sparsestmax at .5": lambda z: sparsestmax(z, 0.5),
                   "sparsestmax at .5, row by row": lambda z: torch.stack([sparsestmax(row, 0.5) for row in z])}
