@@ -276,11 +276,10 @@ def costs_of(s: argparse.Namespace, space: Space, out: Path) -> Costs:
 
 def average(tensors: list[torch.Tensor]) -> None:
     """Replace each tensor by its mean over all processes."""
-    if WORLD > 1:
-        row = torch.cat([tensor.flatten() for tensor in tensors])      # one message instead of hundreds
-        torch.distributed.all_reduce(row)
-        for tensor, mean in zip(tensors, (row / WORLD).split([tensor.numel() for tensor in tensors])):
-            tensor.copy_(mean.view_as(tensor))
+    row = torch.cat([tensor.flatten() for tensor in tensors])          # one message instead of hundreds
+    torch.distributed.all_reduce(row)
+    for tensor, mean in zip(tensors, (row / WORLD).split([tensor.numel() for tensor in tensors])):
+        tensor.copy_(mean.view_as(tensor))
 
 
 def heard_by_any(signals: list[int]) -> int:
@@ -373,7 +372,8 @@ class Run:
         parameters = optimiser.param_groups[0]["params"]
         loss.backward(inputs=parameters)                               # no gradient for what does not move
         loss = loss.detach()
-        average([p.grad for p in parameters if p.grad is not None] + [loss])
+        if WORLD > 1:
+            average([p.grad for p in parameters if p.grad is not None] + [loss])
         # Where this is 1, fused Adam leaves all as it was. So a bad step is not taken, and still no GPU is waited for.
         optimiser.found_inf = (~loss.isfinite()).float()
         optimiser.step()

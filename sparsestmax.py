@@ -463,8 +463,11 @@ def draw_triangle(axis, progress=0.0):
     axis.set_axis_off()
 
 
-def draw_map(axis, activation, progress=0.0, reach=1.3):
-    """Where `activation` sends the plane: shades tell how many candidates survive, threads tie logits to weights."""
+def draw_map(axis, activation, progress=0.0, ball=0.0, reach=1.3):
+    """Where `activation` sends the plane: shades tell how many candidates survive, threads tie logits to weights.
+
+    ball: the progress at which to draw the ball that sparsestmax forbids; 0 for maps without one.
+    """
     side = torch.linspace(-reach, reach, 241)
     xy = torch.stack(torch.meshgrid(side, side, indexing="xy"), -1)     # (241, 241, 2)
     with torch.no_grad():
@@ -475,7 +478,7 @@ def draw_map(axis, activation, progress=0.0, reach=1.3):
     threads = torch.stack([points, images], 1)                          # (points, 2 ends, 2)
     axis.plot(*threads.permute(2, 1, 0).numpy(), color="#56B4E9", linewidth=0.6, alpha=0.8)
     axis.plot(*images.T.numpy(), "o", color="#0072B2", markersize=3)
-    draw_triangle(axis, progress if activation.__name__.startswith("sparsest") else 0.0)
+    draw_triangle(axis, ball)
     axis.set(xlim=(-reach, reach), ylim=(-reach, reach))
 
 
