@@ -138,8 +138,23 @@ def load_photos(folder: str | None, scale: int, patch: int, seed: int) -> list[t
     return pairs
 
 
+BLOCK = 8                      # side, in LR pixels, of the blocks by whose detail patches are drawn
+
+
+def detail(lr: np.ndarray, hr: np.ndarray) -> np.ndarray:
+    """What shrinking took from each block: the mean difference of LR pixels (h, w, 3) from the HR pixels they stand for,
+    in levels of green, summed over blocks: (ceil(h / BLOCK), ceil(w / BLOCK)) float64."""
+    (h, w), s, green = lr.shape[:2], hr.shape[0] // lr.shape[0], lr[..., 1].astype(np.int16)
+    lost = sum(np.abs(hr[y::s, x::s, 1] - green) for y in range(s) for x in range(s)) / s ** 2          # (h, w)
+    lost = np.pad(lost + 0.1, ((0, -h % BLOCK), (0, -w % BLOCK)))      # + 0.1: what is flat is drawn, too, now and then
+    return lost.reshape(len(lost) // BLOCK, BLOCK, -1, BLOCK).sum((1, 3))
+
+
 class Patches:
     """Random patches from photographs that stay in memory as uint8, on the device where they are needed.
+
+    Drawn where there is something to learn: in proportion to `detail`, and not more often from a photograph for being large.
+    (Most pixels of photographs are smooth, and bicubic enlargement is right there already.)
 
     pairs: from load_photos; the list is emptied on the way, so that no photograph is held twice.
     All pixels of all photographs lie in one row, so a batch is cut, turned and mirrored by one gather, whatever their
@@ -153,16 +168,25 @@ class Patches:
         self.areas = self.sizes.prod(1)
         self.starts = self.areas.cumsum(0) - self.areas        # where each LR image begins in the row of all pixels
         self.lr, self.hr = (np.empty((s * s * int(self.areas.sum()), 3), np.uint8) for s in (1, self.scale))
-        for start, area in zip(self.starts.tolist(), self.areas.tolist()):
-            for row, image, s in zip((self.lr, self.hr), pairs.pop(0), (1, self.scale)):
+        blocks, chances = [], []
+        for i, (start, area) in enumerate(zip(self.starts.tolist(), self.areas.tolist())):
+            pair = pairs.pop(0)
+            for row, image, s in zip((self.lr, self.hr), pair, (1, self.scale)):
                 row[s * s * start:s * s * (start + area)] = image.reshape(-1, 3)
+            chance = torch.from_numpy(detail(*pair)) / area
+            y, x = (BLOCK * torch.ones_like(chance).nonzero()).T
+            blocks.append(torch.stack([torch.full_like(y, i), y, x]))
+            chances.append(chance.flatten())
         self.lr, self.hr = (torch.from_numpy(row).to(device) for row in (self.lr, self.hr))
+        self.blocks, self.chances = torch.cat(blocks, 1), torch.cat(chances)       # (photograph, first row and column; blocks)
         self.photos = torch.arange(len(self.areas))            # those to draw from
+        self.up_to = self.chances.cumsum(0)                    # (blocks,): the chances of a block and all before it
 
     def only(self, photos: torch.Tensor) -> "Patches":
         """Patches of these photographs alone, of the same pixels in memory."""
-        part = copy.copy(self)
-        part.photos = photos
+        part, there = copy.copy(self), torch.isin(self.blocks[0], photos)
+        part.photos, part.blocks, part.chances = photos, self.blocks[:, there], self.chances[there]
+        part.up_to = part.chances.cumsum(0)
         return part
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -170,10 +194,12 @@ class Patches:
 
         Of N processes each draws the whole batch and cuts every N-th patch of it: B = size / N.
         """
-        chances = self.areas[self.photos].double()             # by area: each pixel alike
-        i = self.photos[torch.multinomial(chances, size, replacement=True, generator=generator)]    # (size,)
-        room = self.sizes[i] - self.patch + 1                  # places for a patch's first row and column
-        top, left = (torch.rand(size, 2, generator=generator, dtype=torch.double) * room).long().T
+        chance = torch.rand(size, generator=generator, dtype=torch.double) * self.up_to[-1]
+        i, *corner = self.blocks[:, torch.searchsorted(self.up_to, chance).clamp(max=len(self.up_to) - 1)]      # (size,) each
+        # A pixel of the block, and a patch that holds it, somewhere, and keeps within the photograph.
+        pixel = torch.stack(corner, 1) + torch.randint(BLOCK, (size, 2), generator=generator)               # (size, 2)
+        corner = pixel - torch.randint(self.patch, (size, 2), generator=generator)
+        top, left = torch.minimum(corner.clamp(min=0), self.sizes[i] - self.patch).T
         turn = torch.randint(8, (size,), generator=generator)
         numbers = torch.stack([self.starts[i], self.sizes[i, 1], top, left, turn])[:, RANK::WORLD]  # (5, B)
         if self.lr.is_cuda:                                    # pinned memory is sent without waiting for the GPU
