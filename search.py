@@ -81,6 +81,7 @@ LOGITS_RATE = 3e-3             # of the logits: Adam with betas (.5, .999), cons
 COST = 0.03                    # weight of the cost of cells
 PRICE = 0.03                   # weight of the excess of exits
 ORDER = 1e-3                   # weight of the order term
+BLOCK = 8                      # side, in LR pixels, of the blocks by whose detail patches are drawn
 SAVE_SECONDS = 60              # a killed run loses at most this much
 HALVINGS = 3                   # how often a run that diverges is tried again
 CHECKPOINTS = "checkpoint.pt", "checkpoint.before.pt"
@@ -138,9 +139,6 @@ def load_photos(folder: str | None, scale: int, patch: int, seed: int) -> list[t
     return pairs
 
 
-BLOCK = 8                      # side, in LR pixels, of the blocks by whose detail patches are drawn
-
-
 def detail(lr: np.ndarray, hr: np.ndarray) -> np.ndarray:
     """What shrinking took from each block: the mean difference of LR pixels (h, w, 3) from the HR pixels they stand for,
     in levels of green, summed over blocks: (ceil(h / BLOCK), ceil(w / BLOCK)) float64."""
@@ -168,25 +166,22 @@ class Patches:
         self.areas = self.sizes.prod(1)
         self.starts = self.areas.cumsum(0) - self.areas        # where each LR image begins in the row of all pixels
         self.lr, self.hr = (np.empty((s * s * int(self.areas.sum()), 3), np.uint8) for s in (1, self.scale))
-        blocks, chances = [], []
-        for i, (start, area) in enumerate(zip(self.starts.tolist(), self.areas.tolist())):
+        chances = []
+        for start, area in zip(self.starts.tolist(), self.areas.tolist()):
             pair = pairs.pop(0)
             for row, image, s in zip((self.lr, self.hr), pair, (1, self.scale)):
                 row[s * s * start:s * s * (start + area)] = image.reshape(-1, 3)
-            chance = torch.from_numpy(detail(*pair)) / area
-            y, x = (BLOCK * torch.ones_like(chance).nonzero()).T
-            blocks.append(torch.stack([torch.full_like(y, i), y, x]))
-            chances.append(chance.flatten())
+            chances.append(torch.from_numpy(detail(*pair)).flatten() / area)
         self.lr, self.hr = (torch.from_numpy(row).to(device) for row in (self.lr, self.hr))
-        self.blocks, self.chances = torch.cat(blocks, 1), torch.cat(chances)       # (photograph, first row and column; blocks)
+        self.blocks = torch.tensor([len(c) for c in chances])  # (photographs,): how many each has
+        self.chances = torch.cat(chances)                      # (all blocks,), photograph after photograph, row after row
+        self.up_to = self.chances.cumsum(0)                    # of a block and all before it
         self.photos = torch.arange(len(self.areas))            # those to draw from
-        self.up_to = self.chances.cumsum(0)                    # (blocks,): the chances of a block and all before it
 
     def only(self, photos: torch.Tensor) -> "Patches":
         """Patches of these photographs alone, of the same pixels in memory."""
-        part, there = copy.copy(self), torch.isin(self.blocks[0], photos)
-        part.photos, part.blocks, part.chances = photos, self.blocks[:, there], self.chances[there]
-        part.up_to = part.chances.cumsum(0)
+        part, there = copy.copy(self), torch.isin(torch.arange(len(self.areas)), photos)
+        part.photos, part.up_to = photos, (self.chances * there.repeat_interleave(self.blocks)).cumsum(0)
         return part
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -194,11 +189,13 @@ class Patches:
 
         Of N processes each draws the whole batch and cuts every N-th patch of it: B = size / N.
         """
+        # A block, a pixel in it, and a patch that holds the pixel, somewhere, and keeps within the photograph.
         chance = torch.rand(size, generator=generator, dtype=torch.double) * self.up_to[-1]
-        i, *corner = self.blocks[:, torch.searchsorted(self.up_to, chance).clamp(max=len(self.up_to) - 1)]      # (size,) each
-        # A pixel of the block, and a patch that holds it, somewhere, and keeps within the photograph.
-        pixel = torch.stack(corner, 1) + torch.randint(BLOCK, (size, 2), generator=generator)               # (size, 2)
-        corner = pixel - torch.randint(self.patch, (size, 2), generator=generator)
+        block, ends = torch.searchsorted(self.up_to, chance, right=True), self.blocks.cumsum(0)     # (size,), (photographs,)
+        i = torch.searchsorted(ends, block, right=True)                                             # (size,): the photograph
+        block, columns = block - (ends - self.blocks)[i], (self.sizes[i, 1] + BLOCK - 1) // BLOCK
+        pixel = BLOCK * torch.stack([block // columns, block % columns], 1) + torch.randint(BLOCK, (size, 2), generator=generator)
+        corner = pixel - torch.randint(self.patch, (size, 2), generator=generator)                  # (size, 2)
         top, left = torch.minimum(corner.clamp(min=0), self.sizes[i] - self.patch).T
         turn = torch.randint(8, (size,), generator=generator)
         numbers = torch.stack([self.starts[i], self.sizes[i, 1], top, left, turn])[:, RANK::WORLD]  # (5, B)

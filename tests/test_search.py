@@ -263,6 +263,22 @@ def test_patches_come_from_the_right_photograph_and_place():
     assert len(seen) == (12 - 7) * (30 - 7) + (40 - 7) * (9 - 7)       # every place comes up
 
 
+def test_patches_are_drawn_where_shrinking_lost_something():
+    """Two photographs, one four times as large, both smooth but for the left half. Red says which one, blue that it is left."""
+    rng, pairs = np.random.default_rng(0), []
+    for red, size in (0, 40), (255, 80):
+        lr = np.full((size, size, 3), 128, np.uint8)
+        lr[..., 0], lr[:, :size // 2, 2], lr[:, size // 2:, 2] = red, 255, 0
+        hr = lr.repeat(2, 0).repeat(2, 1)
+        hr[:, :size, 1] += rng.integers(-40, 40, (2 * size, size), dtype=np.int8).astype(np.uint8)
+        pairs.append((lr, hr))
+    x, _ = search.Patches(pairs, 8, "cpu").batch(2000, torch.Generator().manual_seed(0))
+    large = x[:, 0].mean((1, 2)) > 0.5
+    assert 0.45 < large.float().mean() < 0.55                  # not four times as often, for the four times as many pixels
+    assert x[:, 2].mean() > 0.85
+    assert (x[:, 2].mean((1, 2)) == 0).any()                   # but the smooth half as well, now and then
+
+
 @pytest.mark.parametrize("scale", [2, 3, 4])
 def test_patches_match_and_are_turned_alike(scale):
     """HR is LR with every pixel repeated, so a patch that was cut or turned differently would show."""
