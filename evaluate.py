@@ -89,9 +89,9 @@ def open_photo(path):
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise ValueError(f"it claims {image.width}x{image.height} pixels, more than {Image.MAX_IMAGE_PIXELS:,}")
             deep = image.mode.startswith("I") or any(";16" in str(tile[3]) for tile in image.tile)
+            if image.mode == "F" or image.mode == "I" and image.format == "TIFF":      # (a PNG or PGM in mode I has 16 bits)
+                raise ValueError("its values have 32 bits, of unknown range: convert it to 8 bits first")
             image = ImageOps.exif_transpose(image)
-            if image.mode == "F":
-                raise ValueError("its values are floating-point, of unknown range: convert it to 8 bits first")
             if image.mode.startswith("I"):
                 image = Image.fromarray(np.uint8(np.clip(np.asarray(image, np.float64) / 257 + 0.5, 0, 255)))
             if image.mode in ("CMYK", "LAB"):
@@ -113,6 +113,26 @@ def read_photo(path):
 def sample_photo():
     """A photograph that is on every machine with matplotlib: (600, 512, 3), for measuring without a download."""
     return read_photo(matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))
+
+
+def usable(name):
+    """The torch.device called `name`, made the current one; ValueError if it does not work here."""
+    try:
+        device = torch.empty(1, device=name).device
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("only cpu and cuda are supported")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)             # timers and random generators mean the current one
+        return device
+    except (RuntimeError, AssertionError) as error:   # Assertion: a torch without CUDA
+        raise ValueError(f"--device {name} does not work here: {str(error).splitlines()[0]}") from None
+
+
+def out_of_memory(error):
+    """One line for an error that says that memory is used up, on any device; raises every other error again."""
+    if "memory" not in f"{type(error).__name__} {error}".lower():
+        raise error
+    return f"out of memory: {' '.join(str(error).split())[:200]}"
 
 
 def write_whole(path, save):
@@ -417,7 +437,7 @@ def save_crops(path, photos, bicubic, ours, scale, side=96):
 # Published networks: thousands of parameters, 1e9 multiply-adds for a 1280x720 output, PSNR-Y on Set5, Set14, B100. All were
 # trained on DIV2K or more, most of them for days. Sources: arXiv 1608.00367 (FSRCNN), 1901.01074 (MoreMNAS), 2010.01073
 # (PAN), 2302.13800 (SAFMN), 1909.11856 (IMDN), 1901.07261 (FALSR); DLSR (2105.03939) is measured from its released weights.
-PUBLISHED = {
+FIELD = {
     2: {"FSRCNN": (12, 6.0, 37.00, 32.63, 31.53), "MoreMNAS-C": (25, 5.5, 37.06, 32.75, 31.50),
         "DLSR tiny": (56, 12.1, 37.71, 33.26, 31.98), "PAN": (261, 71, 38.00, 33.59, 32.18),
         "SAFMN": (228, 52, 38.00, 33.54, 32.16), "DLSR": (328, 68, 38.04, 33.62, 32.23),
@@ -429,9 +449,9 @@ PUBLISHED = {
 
 
 def draw_field(axis, scale, ours, against="multiply-adds"):
-    """PSNR-Y on Set5 against cost, with PUBLISHED. ours: {name: (thousands of parameters, 1e9 multiply-adds, dB)}."""
+    """PSNR-Y on Set5 against cost, with FIELD. ours: {name: (thousands of parameters, 1e9 multiply-adds, dB)}."""
     column = ("parameters", "multiply-adds").index(against)
-    for points, marker, colour in (PUBLISHED[scale], "o", "#999999"), (ours, "*", "#D55E00"):
+    for points, marker, colour in (FIELD[scale], "o", "#999999"), (ours, "*", "#D55E00"):
         for i, (name, numbers) in enumerate(sorted(points.items(), key=lambda point: point[1][column])):
             axis.plot(numbers[column], numbers[2], marker, color=colour, markersize=8 if marker == "o" else 15)
             place, side = ((0, (8, -16)[i % 2]), "center") if marker == "o" else ((9, -4), "left")
@@ -461,16 +481,14 @@ def read_report(run):
         quality = {"sample": results["sample"]}
         if (run / "benchmark.json").exists():
             quality = json.loads((run / "benchmark.json").read_text())
-        ours = {name: next(score["psnr"] for method, score in scores.items() if method != "bicubic")
-                for name, scores in quality.items()}
-        settings, hand_over = settings["settings"], results["hand_over"]
         with np.load(run / "distributions.npz") as file:
             over_time = {name: file[name] for name in ("steps", "gamma", "alpha", "beta")}
-    except (OSError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{run} is no finished run of search.py: {error}") from error
-    cost = load_run(run).architecture.multiply_adds() / 1e9
-    return dict(settings=settings, ours=ours, lost=hand_over["psnr_supernet"] - hand_over["psnr_network"], cost=cost,
-                seconds=sum(results["seconds"].values()), **over_time)
+        return dict(settings=dict(settings["settings"]), activation=str(settings["settings"]["activation"]),
+                    ours={name: float(scores["ours"]["psnr"]) for name, scores in quality.items()},
+                    lost=results["hand_over"]["psnr_supernet"] - results["hand_over"]["psnr_network"],
+                    cost=load_run(run).architecture.multiply_adds() / 1e9, seconds=sum(results["seconds"].values()), **over_time)
+    except Exception as error:                            # damaged files make readers raise nearly anything
+        raise ValueError(f"{run} is no finished run of search.py: {type(error).__name__}: {error}") from error
 
 
 def compare(runs, picture):
@@ -478,7 +496,7 @@ def compare(runs, picture):
     groups = {}
     for run in runs:
         report = read_report(run)
-        groups.setdefault(report["settings"]["activation"], []).append(report)
+        groups.setdefault(report["activation"], []).append(report)
     first = next(iter(groups.values()))[0]
     sets = [name for name in first["ours"] if all(name in r["ours"] for group in groups.values() for r in group)]
     if not sets:
@@ -486,7 +504,7 @@ def compare(runs, picture):
     for group in groups.values():
         for report in group:
             different = [f"--{name}" for name, value in first["settings"].items()
-                         if name not in ("activation", "seed", "device") and report["settings"][name] != value]
+                         if name not in ("activation", "seed", "device") and report["settings"].get(name) != value]
             if different:
                 raise ValueError(f"the runs differ in more than activation and seed: {', '.join(different)}")
 
@@ -529,18 +547,21 @@ def run_benchmark(network, run, folders):
     """Print a table per set, and save the figures and the crops of the two photographs that gain most."""
     scale = network.architecture.scale
     bicubic, ours = lambda lr: resize(lr, scale), lambda lr: super_resolve(network, lr)
-    sets = [each for folder in folders for each in sets_in(folder)]
-    photos = {each: photos_of(each, scale) for each in sets}       # a missing or empty folder ends here, before the long work
-    means = {}
-    for each in sets:
-        base, found = measure(bicubic, photos[each], scale), measure(ours, photos[each], scale)
-        name = each.resolve().name
+    sets, means = {}, {}
+    for each in (each for folder in folders for each in sets_in(folder)):
+        place = each.resolve()
+        name = place.parent.name if place.name == "HR" else place.name
+        if name in sets:
+            raise ValueError(f"two sets are called {name}, and so would be their figures and crops: measure them one by one")
+        sets[name] = photos_of(each, scale)                # a missing or empty folder ends here, before the long work
+    for name, photos in sets.items():
+        base, found = measure(bicubic, photos, scale), measure(ours, photos, scale)
         methods = [("bicubic", None, base), ("ours", network.architecture, found)]
-        print(format_table(f"{name}, x{scale}, {len(photos[each])} photographs", methods), flush=True)
+        print(format_table(f"{name}, x{scale}, {len(photos)} photographs", methods), flush=True)
         means[name] = {method: dict(zip(("psnr", "ssim"), np.mean([row[1:] for row in rows], axis=0)))
                        for method, _, rows in methods}
         gains = [row[1] - floor[1] for row, floor in zip(found, base)]
-        best = [photos[each][k] for k in np.argsort(gains)[::-1][:2]]
+        best = [photos[k] for k in np.argsort(gains)[::-1][:2]]
         save_crops(Path(run) / f"crops_{name}.png", best, bicubic, ours, scale)
     write_whole(Path(run) / "benchmark.json", lambda path: path.write_text(json.dumps(means, indent=1) + "\n"))
 
@@ -557,6 +578,9 @@ def run_upscale(network, photo, output):
         raise ValueError(f"{output} is {'a folder' if output.is_dir() else 'the input itself'}: choose another name")
     if image.mode.endswith("A") and suffix in (".jpg", ".jpeg"):
         raise ValueError(f"{photo} has an alpha channel, which {suffix} cannot hold: write a .png")
+    if suffix in (".jpg", ".jpeg") and scale * max(image.size) > 65500:
+        raise ValueError(f"the result has {scale * image.width}x{scale * image.height} pixels, and {suffix} holds 65500 each way: "
+                         "write a .png")
     if image.info["deep"]:
         print(f"note: {photo} has 16 bits per value; it is scaled to 8, and so is the result")
     # Tiles of 512 pixels of the *result*: a cell that works at full size then costs the same memory at every scale.
@@ -585,18 +609,20 @@ def run_export(network, path):
     """
     if path.suffix != ".pt2":
         raise ValueError(f"{path} must end in .pt2, torch.export's own format")
-    example, free = torch.rand(2, 3, 24, 32), torch.export.Dim.AUTO
+    network, example, free = network.cpu(), torch.rand(2, 3, 24, 32), torch.export.Dim.AUTO
     program = torch.export.export(network, (example,), dynamic_shapes=({0: free, 2: free, 3: free},))
     buffer = io.BytesIO()                                  # by way of memory, as in `save_tensors`
     torch.export.save(program, buffer)
-    write_whole(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
-    again, largest = torch.export.load(path).module(), 0.0
+    buffer.seek(0)
+    again, largest = torch.export.load(buffer).module(), 0.0
     with torch.inference_mode():
         for shape in (1, 3, 17, 40), (3, 3, 64, 31):           # sizes that the export never saw
             image = torch.rand(shape)
             largest = max(largest, (again(image) - network(image)).abs().max().item())
     if largest > 1e-5:
-        raise ValueError(f"{path} computes something else than the network: largest difference {largest:.1e}")
+        raise ValueError(f"what torch.export made computes something else than the network (largest difference {largest:.1e}): "
+                         f"{path} is not written")
+    write_whole(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
     print(f"{path}: {path.stat().st_size / 1e3:.0f} kB; loaded again, largest difference {largest:.1e}")
 
 
@@ -613,28 +639,26 @@ def main(argv=None):
     parser.add_argument("-o", "--output", metavar="FILE", help=f"where --upscale writes ({' '.join(OUTPUTS)})")
     parser.add_argument("--device", default="cpu", help="where the network runs (default: cpu, for figures that repeat)")
     args = parser.parse_args(argv)
-    if args.compare is None and bool(args.upscale) != bool(args.output):
+    if args.compare is None and (args.upscale is None) != (args.output is None):
         parser.error("--upscale PHOTO and -o FILE go together")
     if (args.run is None) != bool(args.compare):
         parser.error("name one RUN" if args.run is None else "the runs to compare stand behind --compare")
     try:
         if args.compare:
             return compare(args.compare, Path(args.output or "comparison.png"))
-        network = load_run(args.run)
-        try:
-            network.to(args.device)
-        except (RuntimeError, AssertionError) as error:    # Assertion: a torch without CUDA
-            raise ValueError(f"--device {args.device} does not work here: {str(error).splitlines()[0]}") from error
+        network = load_run(args.run).to(usable(args.device))
         if args.benchmark:
             run_benchmark(network, args.run, args.benchmark)
         elif args.time:
             run_time(network, args.device)
-        elif args.export:
+        elif args.export is not None:
             run_export(network, Path(args.export))
         else:
             run_upscale(network, args.upscale, args.output)
     except (ValueError, OSError) as error:
         parser.exit(2, f"evaluate.py: error: {error}\n")
+    except (MemoryError, RuntimeError) as error:
+        parser.exit(2, f"evaluate.py: error: {out_of_memory(error)}\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """evaluate.py: MATLAB's pixels, published baselines, closed forms, and a command line that fails cleanly."""
 
-import doctest
 import math
 import os
 import random
@@ -147,11 +146,6 @@ def test_ssim_against_a_plain_loop_over_windows():
         evaluate.ssim(a[:12], b[:12], 2)
 
 
-def test_doctests():
-    results = doctest.testmod(evaluate)
-    assert results.attempted > 0 and results.failed == 0
-
-
 # --- The network ---------------------------------------------------------------------------------------------------
 def test_tiled_equals_untiled(run):
     lr = picture(45, 38, 3)
@@ -239,13 +233,19 @@ def test_benchmark_prints_a_table_and_saves_crops(run, tmp_path, capsys):
     assert Image.open(run / "crops_Tiny.png").size > (500, 300)
 
 
-def test_mistakes_are_one_line_and_status_2(run, tmp_path, capsys):
+def test_mistakes_are_one_line_and_status_2(run, tmp_path, tmp_path_factory, capsys):
     Image.fromarray(picture(6, 8, 4)).save(tmp_path / "in.png")
     (tmp_path / "text.png").write_text("not a picture")
     (tmp_path / "empty").mkdir()
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged/architecture.json").write_bytes((run / "architecture.json").read_bytes())
     (tmp_path / "damaged/network.pt").write_bytes((run / "network.pt").read_bytes()[:500])
+    Image.fromarray(np.full((9, 9), 200, np.int32)).save(tmp_path / "deep.tif")            # black, were it taken for 16 bits
+    Image.new("L", (33000, 1)).save(tmp_path / "wide.png")                                 # 66000 are too many for a JPEG
+    sets = tmp_path_factory.mktemp("sets")
+    for name in "a/Set", "b/Set", "c/Set/HR", "d/Set/HR":
+        (sets / name).mkdir(parents=True)
+        Image.fromarray(picture(20, 20, 3)).save(sets / name / "in.png")
     photo, good = tmp_path / "in.png", tmp_path / "out.png"
     before = sorted(tmp_path.rglob("*"))
     for folder, *rest in ((tmp_path / "none", "--upscale", photo, "-o", good), (run, "--benchmark", tmp_path / "empty"),
@@ -254,7 +254,12 @@ def test_mistakes_are_one_line_and_status_2(run, tmp_path, capsys):
                           (run, "--upscale", photo, "-o", tmp_path / "x.gif"), (run, "--benchmark", tmp_path),
                           (run, "--upscale", photo, "-o", tmp_path / "none/x.png"),
                           (run, "--upscale", photo, "-o", tmp_path / "alpha.jpg"),
-                          (run, "--upscale", photo, "-o", good, "--device", "toaster")):
+                          (run, "--upscale", "", "-o", good), (run, "--upscale", photo, "-o", ""), (run, "--export", ""),
+                          (run, "--upscale", tmp_path / "deep.tif", "-o", good),
+                          (run, "--upscale", tmp_path / "wide.png", "-o", tmp_path / "wide.jpg"),
+                          (run, "--benchmark", sets / "a/Set", sets / "b/Set"),
+                          (run, "--benchmark", sets / "c/Set/HR", sets / "d/Set/HR"),
+                          (run, "--upscale", photo, "-o", good, "--device", "toaster"), (run, "--time", "--device", "meta")):
         with pytest.raises(SystemExit) as stop:
             evaluate.main([str(folder), *map(str, rest)])
         message = capsys.readouterr().err
