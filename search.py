@@ -14,12 +14,14 @@ warm-up, in which only the weights learn: what random weights say of an architec
 branches are no longer computed. At progress 1 what is left *is* one network: it leaves the supernet with its
 weights and with Adam's memory of them, computes the same function, and the same loop goes on with all photographs.
 
-    loss = L1(SR, HR)  +  COST * sum over exits of [gamma] * log(cost of the exit / target)^2
-                       +  PRICE * sum over exits of gamma * max(0, log[cost of the exit / target])
+    loss = L1(SR, HR)  +  COST * sum over exits of [gamma] * off^2
+                       +  PRICE * sum over exits of gamma * max(0, [off])
                        +  ORDER * sum over edges of max(0, child - parent)
 
-The second term draws operations and widths towards a target just under the budget (multiply-adds or milliseconds); what
-stands in brackets has no slope. It asks this of *each* exit: were only their mean to meet the target, an exit far too dear
+    off  = log(expected cost of the exit / target)  +  [progress * log(cost if we stopped now / expected cost)]
+
+What stands in brackets has no slope. The second term draws operations and widths towards a target, 90 % of the budget
+(multiply-adds or milliseconds). It asks this of *each* exit: were only their mean to meet the target, an exit far too dear
 could hide behind cheap ones. The third makes exits pay for what they exceed the target by. Without it a path with an
 upsampling wins while its cells are still rich, and then has to starve them to 1x1 convolutions (seen at x2, 12G). It asks
 nothing of exits that are still too cheap: their cells can grow. Exits that cannot come down to the target are forbidden. The
@@ -43,7 +45,6 @@ import math
 import os
 import platform
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -60,11 +61,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from evaluate import (crop_to, degrade, format_table, list_photos, load_tensors, printable, psnr, read_photo, resize, sample_photo,
-                      save_tensors, ssim, super_resolve, write_whole)
-from search_space import (Architecture, Costs, Network, Space, cost_in_words, counted_costs, draw_architecture, features,
-                          measured_costs, milliseconds, sum_of_parts)
-from sparsestmax import get_activation
+from evaluate import (crop_to, degrade, format_table, list_photos, load_tensors, out_of_memory, printable, psnr, read_photo,
+                      resize, sample_photo, save_tensors, ssim, super_resolve, usable, write_whole)
+from search_space import (OPERATIONS, Architecture, Costs, Network, Space, cost_in_words, counted_costs, draw_architecture,
+                          features, measured_costs, milliseconds, sum_of_parts)
+from sparsestmax import ACTIVATIONS, get_activation
 from supernet import Supernet, Weights, draw_levels, leading, live_choices
 
 # A batch is `batch` patches of patch x patch LR pixels. The first `search` of all `steps` are the supernet's, and far
@@ -85,7 +86,8 @@ BLOCK = 8                      # side, in LR pixels, of the blocks by whose deta
 SAVE_SECONDS = 60              # a killed run loses at most this much
 HALVINGS = 3                   # how often a run that diverges is tried again
 CHECKPOINTS = "checkpoint.pt", "checkpoint.before.pt"
-BEGUN = "settings.json", "milliseconds.json", ".*.part.*"      # all that a run killed before its first checkpoint leaves behind
+MILLISECONDS = "milliseconds.json"                             # what each operation takes; see `costs_of`
+BEGUN = "settings.json", MILLISECONDS, ".*.part.*"             # all that a run killed before its first checkpoint leaves behind
 # torchrun starts WORLD processes and numbers them. All hold the same weights and logits; each computes its share of a batch,
 # and gradients are averaged. Process 0 alone writes and prints.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -176,12 +178,11 @@ class Patches:
         self.blocks = torch.tensor([len(c) for c in chances])  # (photographs,): how many each has
         self.chances = torch.cat(chances)                      # (all blocks,), photograph after photograph, row after row
         self.up_to = self.chances.cumsum(0)                    # of a block and all before it
-        self.photos = torch.arange(len(self.areas))            # those to draw from
 
     def only(self, photos: torch.Tensor) -> "Patches":
         """Patches of these photographs alone, of the same pixels in memory."""
         part, there = copy.copy(self), torch.isin(torch.arange(len(self.areas)), photos)
-        part.photos, part.up_to = photos, (self.chances * there.repeat_interleave(self.blocks)).cumsum(0)
+        part.up_to = (self.chances * there.repeat_interleave(self.blocks)).cumsum(0)
         return part
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -264,35 +265,40 @@ def learning_rate_at(step: int, search: int, steps: int) -> float:
 def costs_of(s: argparse.Namespace, space: Space, out: Path) -> Costs:
     """What operations cost, in the unit of the budget: counted, or measured once and kept beside the runs' folders.
 
-    A run keeps a copy, to go on with the very same table.
+    A run keeps a copy and goes on with it, wherever it goes on.
     """
     if s.unit == "multiply-adds":
         return counted_costs(space)
+
+    def read(path):
+        try:
+            return dict(json.loads(path.read_text())) if path.exists() else {}
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is damaged; delete it to measure again") from error
     device = torch.device(s.device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     key = f"{space} on {platform.machine()}, {where}, torch {torch.__version__}"
-    own, shared = out / "milliseconds.json", out.parent / "milliseconds.json"
-    for path in own, shared:
-        try:
-            tables = dict(json.loads(path.read_text())) if path.exists() else {}
-            if key in tables:
-                parts = tables[key]
-                if path == shared:
-                    print(f"milliseconds as measured before, from {path}; delete it to measure again")
-                break
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path} is damaged; delete it to measure again") from error
-    else:
-        if WORLD > 1:
-            raise ValueError(f"processes would disturb one another: begin this run in one process, which leaves {shared}")
-        parts = asdict(measured_costs(space, device))
-        parts["operations"] = {m: table.tolist() for m, table in parts["operations"].items()}
-        tables[key] = parts
-        shared.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(shared, lambda path: path.write_text(json.dumps(tables) + "\n"))
-    parts = {name: {int(m): np.array(cost) for m, cost in part.items()} if isinstance(part, dict) else part
-             for name, part in parts.items()}
-    return Costs(**parts)
+    shared = out.parent / MILLISECONDS
+    parts = read(out / MILLISECONDS).get(str(space))
+    if parts is None:
+        tables = read(shared)
+        if key in tables:
+            print(f"milliseconds as measured before, from {shared}; delete it to measure again")
+        elif WORLD > 1:
+            raise ValueError("processes would disturb one another: begin this run in one process "
+                             f"(with OMP_NUM_THREADS={torch.get_num_threads()}), which leaves {shared}")
+        else:
+            tables[key] = asdict(measured_costs(space, device))
+            shared.parent.mkdir(parents=True, exist_ok=True)
+            write_tables(shared, tables)
+        parts = tables[key]
+    return Costs(**{name: {int(m): np.array(cost) for m, cost in part.items()} if isinstance(part, dict) else part
+                    for name, part in parts.items()})
+
+
+def write_tables(path: Path, tables: dict[str, dict]):
+    text = json.dumps(tables, default=np.ndarray.tolist) + "\n"
+    write_whole(path, lambda path: path.write_text(text))
 
 
 # --- 4. The loop ---------------------------------------------------------------------------------------------------
@@ -305,9 +311,9 @@ def average(tensors: list[torch.Tensor]) -> None:
         tensor.copy_(mean.view_as(tensor))
 
 
-def heard_by_any(signals: list[int]) -> int:
-    """The largest signal number that any process has caught, 0 if none: all must stop after the same step."""
-    number = torch.tensor(max(signals, default=0))
+def largest(number: int) -> int:
+    """Of all processes' numbers the largest. Each has its own clock and its own signals, yet all must act after the same step."""
+    number = torch.tensor(int(number))
     if WORLD > 1:
         torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
     return int(number)
@@ -324,7 +330,8 @@ class Run:
         s = self.settings = settings
         self.out, self.device = out, torch.device(s.device)
         self.space = Space(s.scale, s.channels, s.cells, s.positions)
-        weights = sum(n[-1] == "c" for n in self.space.nodes) * s.positions * 40 * s.channels ** 2      # roughly
+        per_position = sum(operation.weights(s.channels, s.channels) for operation in OPERATIONS.values())
+        weights = len(self.space.cell_of) * s.positions * per_position         # nearly all there are
         if weights > 1e9:
             raise ValueError(f"a supernet with {weights / 1e9:.3g} billion weights fits no memory: take fewer channels or cells")
         self.costs = costs_of(s, self.space, out)                      # (may build, and draw, operations to time them)
@@ -332,8 +339,8 @@ class Run:
         self.generator = torch.Generator().manual_seed(s.seed)         # draws the patches
         self.step, self.seconds = 0, {"search": 0.0, "training": 0.0}
         self.halvings = 0                                              # of the learning rate, after divergence
-        self.recent = []                                               # (step, what learns, loss) since the last row of ...
-        self.history = []                                              # ... history.csv
+        self.history = []                                              # rows of history.csv
+        self.recent = []                                               # (step, "weights" or "logits", loss) since the last row
         self.snapshots, self.sum = [], None                            # (step, Weights) now and then; sum of all Weights
         self.hand_over_report = None
         self.supernet = Supernet(self.space, get_activation(s.activation), recompute=s.preset == "full", costs=self.costs)
@@ -375,8 +382,8 @@ class Run:
         # b. The architecture, under the weights as they stand. The log makes twice too much and half too little equally
         #    bad, at any budget.
         off_target = torch.log(net.exit_costs(weights) / self.target).float()     # (nodes,)
-        #    In the end not this mean over networks counts but the network that would be found if the search stopped now.
-        #    Its cost has no slope, so it shifts the value, the more the nearer the end; the slope remains the mean's.
+        #    What must meet the target in the end is one network, not the mean over networks. So this moves, as progress
+        #    rises, from the mean's miss to that of the network found if we stopped now. Its cost has no slope; the mean's serves.
         with torch.no_grad():
             off_target += progress * torch.log(net.cost(net.weights(1.0)) / cost).float()
         cells = weights.gamma.detach() @ off_target ** 2                # moves operations and widths towards the target,
@@ -452,7 +459,7 @@ class Run:
                    mininterval=0.1 if sys.stderr.isatty() else 30)     # a log file wants few lines
         last = saved = time.perf_counter()
         try:
-            while self.step < s.steps and not (stopped := heard_by_any(caught)):
+            while self.step < s.steps and not largest(max(caught, default=0)):
                 # 1. Where are we in the schedules?
                 progress = progress_at(self.step, s.search)
                 for group in self.optimiser.param_groups:
@@ -485,16 +492,19 @@ class Run:
                                         f"{live[2]:.1f} widths, {cost_in_words(cost, s.unit)}", refresh=False)
                 bar.update()
                 # 4. Keep what would be lost by a crash.
-                if now - saved > SAVE_SECONDS:
+                if largest(now - saved > SAVE_SECONDS):
                     self.save()
                     saved = time.perf_counter()
             self.save()
+        except FloatingPointError:
+            if not largest(max(caught, default=0)):
+                raise                                  # (else the last sound checkpoint stands, and the signal is heeded)
         finally:
             bar.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         if self.step < s.steps:
-            raise KeyboardInterrupt(stopped)
+            raise KeyboardInterrupt(largest(max(caught, default=0)))
 
     # --- Checkpoints. Tensors, numbers and strings only: such a file loads with weights_only=True, that is, loading it
     # cannot run anybody's code. Beside weights and moments it holds the state of each random generator. ---
@@ -567,7 +577,7 @@ class Run:
         # Measured on the CPU, where figures repeat, on a photograph that no training folder of ours holds.
         scale, hr = architecture.scale, crop_to(sample_photo(), architecture.scale)
         lr = degrade(hr, scale)
-        methods = [("bicubic", None, resize(lr, scale)), (out.name, architecture, super_resolve(network, lr))]
+        methods = [("bicubic", None, resize(lr, scale)), ("ours", architecture, super_resolve(network, lr))]
         methods = [(name, a, [("sample", psnr(hr, sr, scale), ssim(hr, sr, scale))]) for name, a, sr in methods]
         numbers = dict(sample={name: dict(psnr=score[0][1], ssim=score[0][2]) for name, _, score in methods},
                        seconds=self.seconds, hand_over=self.hand_over_report, halvings=self.halvings)
@@ -605,16 +615,13 @@ def budget(text: str) -> tuple[float, str]:
     raise argparse.ArgumentTypeError(f"{text!r} is not a budget: multiply-adds like 18G or 750M, or milliseconds like 80ms")
 
 
-def whole(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) < 10):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 999999999")
+def whole(text: str, least: int = 0) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) >= least):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {'positive ' * least}whole number up to 999999999")
     return int(text)
 
 
-def positive(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number up to 999999999")
-    return int(text)
+positive = partial(whole, least=1)
 
 
 def rate(text: str) -> float:
@@ -662,11 +669,14 @@ def settings_of(args: argparse.Namespace) -> tuple[argparse.Namespace, Path]:
     given = {name: value for name, value in vars(args).items() if value is not None and name not in ("out", "resume")}
     if "budget" in given:
         given["budget"], given["unit"] = given["budget"]
-    out = args.out or Path("runs") / f"x{args.scale or 2}"
+    out = args.out
     if args.resume:
         if not any((out / name).is_file() for name in CHECKPOINTS):
             raise ValueError(f"{out} holds no run to resume (no {CHECKPOINTS[0]}); start one without --resume")
         saved = saved_settings(out / "settings.json")
+        if saved["activation"] not in ACTIVATIONS and "activation" not in given:
+            raise ValueError("the activation of this run is code in a file; if you want it to run, add --activation "
+                             + shlex.quote(saved["activation"]))
         different = [f"--{name} {new} (the run has {saved[name]})" for name, new in given.items() if saved[name] != new]
         if different:
             raise ValueError(f"a run goes on with its own settings; leave out {', '.join(different)}")
@@ -695,23 +705,16 @@ def saved_settings(path: Path) -> dict:
     def refuse(message):
         raise ValueError(message)
     try:
-        saved, parser, options = json.loads(path.read_text())["settings"], arguments(), []
-        expected = set(vars(parser.parse_args([]))) - {"out", "resume"} | {"unit"}
-        if set(saved) != expected:
-            raise ValueError(f"these settings are too many or missing: {', '.join(sorted(set(saved) ^ expected))[:200]}")
-        for name, value in saved.items():
-            if name == "budget":
-                value = f"{value}{'ms' if saved['unit'] == 'ms' else ''}"
-            if isinstance(value, bool):
-                options.append(f"--{'' if value else 'no-'}{name}")
-            elif value is not None and name != "unit":
-                options.append(f"--{name}={value}")
+        saved, parser = json.loads(path.read_text())["settings"], arguments()
         parser.error = refuse
+        text = saved | dict(budget=f"{saved['budget']}{'ms' * (saved['unit'] == 'ms')}", unit=None, bfloat16=None)
+        options = ["--bfloat16" if saved["bfloat16"] else "--no-bfloat16"]
+        options += [f"--{name}={value}" for name, value in text.items() if value is not None]
         read = vars(parser.parse_args(options))
         read["budget"], read["unit"] = read["budget"]
         del read["out"], read["resume"]
         if read != saved:
-            raise ValueError("it says the same thing in two ways")
+            raise ValueError("settings are missing, too many, or contradict one another")
         return read
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is missing or damaged: {error}") from error
@@ -742,15 +745,9 @@ def resumed(run: Run) -> Run:
 def whole_run(args: argparse.Namespace):
     """The whole run, from the command line to the table of results."""
     settings, out = settings_of(args)
-    try:
-        if WORLD > 1:
-            torch.distributed.init_process_group()
-            if settings.device == "cuda":
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        if torch.empty(1, device=settings.device).device.type not in ("cpu", "cuda"):
-            raise RuntimeError("only cpu and cuda are supported")
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {settings.device} does not work here: {str(error).splitlines()[0]}") from None
+    if WORLD > 1:
+        torch.distributed.init_process_group()
+    usable(f"cuda:{os.environ['LOCAL_RANK']}" if WORLD > 1 and settings.device == "cuda" else settings.device)
     run = Run(settings, out)                                           # an impossible budget ends here, before any work
     run.data = load_data(settings)
     if WORLD > 1:
@@ -762,7 +759,7 @@ def whole_run(args: argparse.Namespace):
         text = json.dumps(describe(settings), indent=1) + "\n"
         write_whole(out / "settings.json", lambda path: path.write_text(text))
         if settings.unit == "ms":
-            shutil.copy(out.parent / "milliseconds.json", out)
+            write_tables(out / MILLISECONDS, {str(run.space): asdict(run.costs)})
         run.save()                                                     # from here on there is something to resume
     while True:
         try:
@@ -791,8 +788,9 @@ def main(argv=None):
     def stop(number, frame):
         raise KeyboardInterrupt(number)
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    out = args.out or Path("runs") / f"x{args.scale or 2}"
-    way_on = f"go on with: python search.py --resume --out {shlex.quote(str(out))}"
+    out = args.out = args.out or Path("runs") / f"x{args.scale or 2}"
+    code = ["--activation", args.activation] if args.activation and args.activation not in ACTIVATIONS else []
+    way_on = f"go on with: {shlex.join(['python', 'search.py', '--resume', '--out', str(out), *code])}"
     try:
         whole_run(args)
     except KeyboardInterrupt as stopped:
@@ -805,6 +803,8 @@ def main(argv=None):
         parser.exit(2, f"search.py: error: {error}{kept}\n")
     except ValueError as error:
         parser.exit(2, f"search.py: error: {error}\n")
+    except (MemoryError, RuntimeError) as error:
+        parser.exit(2, f"search.py: error: {out_of_memory(error)}; begin again with a smaller --batch or --patch\n")
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

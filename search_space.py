@@ -36,8 +36,10 @@ import ctypes
 import json
 import math
 import random
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -116,13 +118,19 @@ class DepthwiseSeparable(nn.Module):
         return F.relu(add_shortcut(self.project(hidden), x, self.shortcut))
 
 
-# name -> (module, weights for c -> d, radius in pixels of what one output pixel sees). Without biases each weight is
-# used exactly once per pixel, so the number of weights is also the number of multiply-adds per pixel.
+class Operation(NamedTuple):
+    """A candidate. Without biases each weight is used exactly once per pixel, so `weights` is also the multiply-adds per pixel."""
+    module: type[nn.Module]                                    # module(c, d): from c to d channels
+    weights: Callable[[int, int], int]                         # weights(c, d): how many it has
+    radius: int                                                # in pixels, of what one output pixel sees
+
+
+# A new one needs a line here, its branch in `mixed_operation` of supernet.py, and a colour in COLOURS.
 OPERATIONS = {
-    "skip1x1": (Skip1x1, lambda c, d: c * d, 0),
-    "conv3x3": (Conv3x3, lambda c, d: 9 * c * d, 1),
-    "residual": (Residual, lambda c, d: 9 * c * d + 9 * d * d + (c * d if c != d else 0), 2),
-    "dws": (DepthwiseSeparable, lambda c, d: 4 * c * c + 36 * c + 4 * c * d + (c * d if c != d else 0), 1),
+    "skip1x1": Operation(Skip1x1, lambda c, d: c * d, 0),
+    "conv3x3": Operation(Conv3x3, lambda c, d: 9 * c * d, 1),
+    "residual": Operation(Residual, lambda c, d: 9 * c * d + 9 * d * d + (c * d if c != d else 0), 2),
+    "dws": Operation(DepthwiseSeparable, lambda c, d: 4 * c * c + 36 * c + 4 * c * d + (c * d if c != d else 0), 1),
 }
 
 
@@ -142,9 +150,9 @@ def widths_of(channels: int) -> tuple[int, ...]:
 
 # --- Paths: the network level's candidates -------------------------------------------------------------------------
 
-def magnification(scale: int, upsample: str, path: str) -> int:
-    """How many times larger than the LR image, in each direction, the features behind `path` are."""
-    return math.prod(UPSAMPLINGS[scale][:path.count("u")]) if upsample == "early" else 1
+def magnification(of, path: str) -> int:
+    """How many times larger than the LR image, in each direction, the features behind `path` of a Space or Architecture are."""
+    return math.prod(UPSAMPLINGS[of.scale][:path.count("u")]) if of.upsample == "early" else 1
 
 
 @dataclass(frozen=True)
@@ -187,6 +195,11 @@ class Space:
         return tuple(below("c"))
 
     @cached_property
+    def cell_of(self) -> dict[str, int]:
+        """Node -> row of alpha and beta, for the nodes that are cells."""
+        return {node: i for i, node in enumerate(n for n in self.nodes if n[-1] == "c")}
+
+    @cached_property
     def leaves(self) -> tuple[str, ...]:
         """The complete paths: those with every cell and every upsampling."""
         return tuple(n for n in self.nodes if not any(m.startswith(n) and m != n for m in self.nodes))
@@ -212,6 +225,15 @@ class Space:
         cells = range(path.count("c"))
         return self.architecture(path, [rng.choices(tuple(OPERATIONS), k=self.positions) for _ in cells],
                                  [rng.choices(self.widths, k=self.positions - 1) for _ in cells])
+
+
+def cells_on(path: str) -> list[str]:
+    """The nodes on `path` that are cells.
+
+    >>> cells_on("cuc")
+    ['c', 'cuc']
+    """
+    return [path[:i + 1] for i, letter in enumerate(path) if letter == "c"]
 
 
 def check_setting(thing) -> None:
@@ -272,24 +294,34 @@ class Architecture:
                 if type(width) is not int or width not in widths_of(self.channels):
                     raise ValueError(f"cell {cell}: width {width!r} is not one of {widths_of(self.channels)}")
 
-    # Counting. Each layer is (weights, biases, pixels it runs on for one LR pixel); the rest is sums.
-    def layers(self) -> list[tuple[int, int, int]]:
-        nf, cells = self.channels, iter(zip(self.operations, self.widths))
-        rows = [(9 * 3 * nf, nf, 1)]                                               # head
+    def parts(self) -> Iterator[tuple[int, list[tuple[str, int, int]] | None]]:
+        """For each letter of the path: the magnification behind it, and a cell's operations as (name, channels in, channels
+        out); None for a "u"."""
+        cells = iter(zip(self.operations, self.widths))
         for i, letter in enumerate(self.path):
-            pixels = magnification(self.scale, self.upsample, self.path[:i + 1]) ** 2
+            m = magnification(self, self.path[:i + 1])
             if letter == "u":
-                rows.append((9 * nf * nf, nf, pixels))
+                yield m, None
             else:
                 names, widths = next(cells)
-                ends = (nf, *widths, nf)                                           # a cell keeps its outer width
-                rows += [(OPERATIONS[name][1](c, d), 0, pixels) for name, c, d in zip(names, ends, ends[1:])]
-        return rows + [(9 * nf * self.tail_channels, self.tail_channels, pixels)]  # tail
+                ends = (self.channels, *widths, self.channels)                     # a cell keeps its outer width
+                yield m, list(zip(names, ends, ends[1:]))
+
+    # Counting. Each layer is (weights, biases, pixels it runs on for one LR pixel); the rest is sums.
+    def layers(self) -> list[tuple[int, int, int]]:
+        nf = self.channels
+        rows = [(9 * 3 * nf, nf, 1)]                                               # head
+        for m, cell in self.parts():
+            if cell is None:
+                rows.append((9 * nf * nf, nf, m * m))
+            else:
+                rows += [(OPERATIONS[name].weights(c, d), 0, m * m) for name, c, d in cell]
+        return rows + [(9 * nf * self.tail_channels, self.tail_channels, m * m)]   # tail
 
     @property
     def remaining(self) -> int:
         """The factor that the path leaves for the tail to shuffle."""
-        return self.scale // magnification(self.scale, self.upsample, self.path)
+        return self.scale // magnification(self, self.path)
 
     @property
     def tail_channels(self) -> int:
@@ -308,10 +340,9 @@ class Architecture:
     @property
     def radius(self) -> int:
         """An output pixel depends on no LR pixel farther than this: the overlap that makes tiled equal to untiled."""
-        cells, radius = iter(self.operations), 1.0                                 # the head's 3x3
-        for i, letter in enumerate(self.path):
-            step = 1 / magnification(self.scale, self.upsample, self.path[:i + 1])  # one pixel here, in LR pixels
-            radius += step * (1 if letter == "u" else sum(OPERATIONS[name][2] for name in next(cells)))
+        radius = 1.0                                                               # the head's 3x3
+        for m, cell in self.parts():                                               # a pixel here is 1 / m LR pixels
+            radius += (sum(OPERATIONS[name].radius for name, *_ in cell) if cell else 1) / m
         return max(math.ceil(radius + 1), 3)                                       # the tail's 3x3; bicubic sees 3
 
     def to_json(self) -> str:
@@ -334,7 +365,7 @@ class Cell(nn.Module):
     def __init__(self, channels: int, names, widths):
         super().__init__()
         ends = (channels, *widths, channels)
-        self.ops = nn.ModuleList(OPERATIONS[name][0](c, d) for name, c, d in zip(names, ends, ends[1:]))
+        self.ops = nn.ModuleList(OPERATIONS[name].module(c, d) for name, c, d in zip(names, ends, ends[1:]))
 
     def forward(self, x):                                      # (B, nf, H, W) -> the same
         y = x
@@ -374,8 +405,8 @@ def enlarge(x: torch.Tensor, scale: int) -> torch.Tensor:
 
 def make_up(space, prefix: str) -> Up:
     """The layer of a path that ends in "u", for a Space or an Architecture."""
-    grown = magnification(space.scale, space.upsample, prefix)
-    return Up(space.channels, grown // magnification(space.scale, space.upsample, prefix[:-1]))
+    grown = magnification(space, prefix)
+    return Up(space.channels, grown // magnification(space, prefix[:-1]))
 
 
 class Network(nn.Module):
@@ -421,7 +452,7 @@ class Costs:
 
 
 def magnifications(space: Space) -> list[int]:
-    return sorted({magnification(space.scale, space.upsample, node) for node in space.nodes})
+    return sorted({magnification(space, node) for node in space.nodes})
 
 
 def counted_costs(space: Space) -> Costs:
@@ -477,7 +508,7 @@ def measured_costs(space: Space, device, say=print) -> Costs:
     costs.head = time(lambda: conv(3, nf, 3, bias=True), 3, 1)
     image = features(3, 1, space.scale, device)
     enlarging = milliseconds(lambda x: enlarge(x, space.scale) if space.output == "skip" else torch.tanh(x), image)
-    ups = {magnification(space.scale, space.upsample, node): node for node in space.nodes if node[-1] == "u"}
+    ups = {magnification(space, node): node for node in space.nodes if node[-1] == "u"}
     say(f"milliseconds of each operation for a 1280x720 output, x{space.scale}, on {device}: at a width kept")
     for m in magnifications(space):
         costs.operations[m] = np.array([[[time(lambda: make(c, d), c, m) for d in widths] for c in widths]
@@ -509,16 +540,13 @@ def sum_of_parts(a: Architecture, costs: Costs) -> float:
     >>> sum_of_parts(a, counted_costs(Space(scale=2))) == a.multiply_adds()
     True
     """
-    names, widths, total, cells = list(OPERATIONS), widths_of(a.channels), costs.head, iter(zip(a.operations, a.widths))
-    for i, letter in enumerate(a.path):
-        m = magnification(a.scale, a.upsample, a.path[:i + 1])
-        if letter == "u":
+    names, widths, total = list(OPERATIONS), widths_of(a.channels), costs.head
+    for m, cell in a.parts():
+        if cell is None:
             total += costs.up[m]
         else:
-            operations, inner = next(cells)
-            ends = [widths.index(w) for w in (a.channels, *inner, a.channels)]
-            total += costs.cell[m] + sum(costs.operations[m][names.index(name), c, d]
-                                         for name, c, d in zip(operations, ends, ends[1:]))
+            total += costs.cell[m] + sum(costs.operations[m][names.index(name), widths.index(c), widths.index(d)]
+                                         for name, c, d in cell)
     return float(total + costs.tail[m])
 
 
@@ -539,11 +567,9 @@ def draw_architecture(architecture: Architecture, axis=None):
     axis: matplotlib axes to draw on; a new figure if None.
     """
     a = architecture
-    bars, cells = [("head", "ends", a.channels)], iter(zip(a.operations, a.widths))
-    for letter in a.path:
-        bars.append(None)                                      # a gap
-        names, widths = (("up",), ()) if letter == "u" else next(cells)
-        bars += zip(names, names, (*widths, a.channels))
+    bars = [("head", "ends", a.channels)]
+    for _, cell in a.parts():                                  # None: a gap
+        bars += [None, *((name, name, d) for name, _, d in cell or [("up", None, a.channels)])]
     bars += [None, ("tail", "ends", a.tail_channels)]
     if axis is None:
         axis = Figure(figsize=(max(6, 0.45 * len(bars)), 3), layout="constrained").subplots()
@@ -572,12 +598,12 @@ def tree_layout(space: Space) -> dict[str, tuple[float, float]]:
 
 def draw_tree(axis, space: Space):
     """The path tree: every circle is an exit, every line as thick as what it leads to costs (the mean over all choices)."""
-    in_a_cell = sum(sum(count(c, d) for _, count, _ in OPERATIONS.values()) / len(OPERATIONS)
+    in_a_cell = sum(sum(operation.weights(c, d) for operation in OPERATIONS.values()) / len(OPERATIONS)
                     for c in space.widths for d in space.widths) / len(space.widths) ** 2 * space.positions
     costs = {"c": in_a_cell, "u": 9 * space.channels ** 2}
     places, unit = tree_layout(space), OUTPUT_PIXELS // space.scale ** 2 / 1e9
     for node, (x, y) in places.items():
-        pixels = magnification(space.scale, space.upsample, node) ** 2
+        pixels = magnification(space, node) ** 2
         cost = costs[node[-1]] * pixels * unit
         x0, y0 = places.get(node[:-1], (0, y))
         colour = COLOURS["residual"] if node[-1] == "c" else COLOURS["up"]
@@ -593,7 +619,7 @@ def draw_tree(axis, space: Space):
 # --- The published networks ----------------------------------------------------------------------------------------
 # As the authors print them: operation ids in the order of OPERATIONS, width ids into (24, 32, 40, 56, 64).
 # name: (upsample, path, operations, widths, parameters in millions, multiply-adds in 1e9 for a 256x256 input).
-_PUBLISHED = {
+PUBLISHED = {
     "B-1": ("plain", "ccc", "30333 30131 20000", "1102 0300 4000", 0.234, 15.35),
     "B-2": ("plain", "cccccu", "00330 32311 10103 33113 31111", "1040 1232 4401 4300 1440", 0.509, 33.36),
     "B-3": ("plain", "ccuu", "00020 33110", "2033 4310", 0.264, 17.33),
@@ -608,13 +634,10 @@ def published(name: str) -> Architecture:
     >>> published("B-1").operations[2]
     ('residual', 'skip1x1', 'skip1x1', 'skip1x1', 'skip1x1')
     """
-    upsample, path, operations, widths, *_ = _PUBLISHED[name]
+    upsample, path, operations, widths, *_ = PUBLISHED[name]
     names, space = tuple(OPERATIONS), Space(scale=4, upsample=upsample, output="tanh")
     return space.architecture(path, [[names[int(i)] for i in cell] for cell in operations.split()],
                               [[space.widths[int(i)] for i in cell] for cell in widths.split()])
-
-
-PUBLISHED = tuple(_PUBLISHED)
 
 
 def main():
@@ -625,7 +648,7 @@ def main():
         # The authors' tool counts one operation for each value a bias is added to. Adding just those gives the
         # published figure to its last digit, so nothing else is missing; the field's convention leaves them out.
         with_biases = a.multiply_adds(256 ** 2) + 256 ** 2 * sum(biases * pixels for _, biases, pixels in a.layers())
-        *_, parameters, gmacs = _PUBLISHED[name]
+        *_, parameters, gmacs = PUBLISHED[name]
         print(f"{name}  {a.path:9s} {a.parameters():9,d}   {parameters:.3f} M  {a.multiply_adds(256 ** 2) / 1e9:7.3f} "
               f"{with_biases / 1e9:8.3f}  {gmacs:8}")
     print("\nThe full space\n\nscale  exits  cells  ups  complete paths  networks")

@@ -42,8 +42,8 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from search_space import (COLOURS, OPERATIONS, Architecture, Costs, Network, Space, Tail, conv, cost_in_words, counted_costs,
-                          enlarge, magnification, make_up, sum_of_parts, tree_layout)
+from search_space import (COLOURS, OPERATIONS, Architecture, Costs, Network, Space, Tail, cells_on, conv, cost_in_words,
+                          counted_costs, enlarge, magnification, make_up, sum_of_parts, tree_layout)
 from sparsestmax import sparsestmax
 
 
@@ -68,14 +68,14 @@ def live_choices(weights: Weights) -> tuple[int, float, float]:
 # --- One cell of the supernet --------------------------------------------------------------------------------------
 
 def decided(values: np.ndarray) -> bool:
-    """Are all these weights 0 or 1? Then nothing needs weighing. (NaN, the mark of a dense evaluation: no.)"""
+    """Are all these weights 0 or 1? Then nothing needs weighing. (A dense evaluation passes NaN, which is neither.)"""
     return ((values == 0) | (values == 1)).all()               # np.isin would take ten times as long
 
 
 class Side(NamedTuple):
-    """One interface between two positions: its staircase (nf,), and the weights of its widths as plain numbers."""
-    mask: torch.Tensor
-    values: np.ndarray                                         # (widths,)
+    """One interface between two positions."""
+    mask: torch.Tensor                                         # (nf,), the staircase
+    values: np.ndarray                                         # (widths,): their weights in numpy, to decide what to skip
     live: int                                                  # channels up to the widest live width
 
     def masked(self, x: torch.Tensor, repeat: int = 1) -> torch.Tensor:
@@ -167,22 +167,22 @@ class Supernet(nn.Module):
         self.space, self.activation, self.recompute = space, activation, recompute
         self.costs = costs = costs or counted_costs(space)
         nodes, nf = space.nodes, space.channels
-        self.cell_of = {node: i for i, node in enumerate(n for n in nodes if n[-1] == "c")}     # row of alpha and beta
+        self.cell_of = space.cell_of
         self.gamma = nn.Parameter(spread * torch.randn(len(nodes)))
         self.alpha = nn.Parameter(spread * torch.randn(len(self.cell_of), space.positions, len(OPERATIONS)))
         self.beta = nn.Parameter(spread * torch.randn(len(self.cell_of), space.positions - 1, len(space.widths)))
-        self.register_buffer("allowed", torch.ones(len(nodes), dtype=torch.bool))   # exits that can meet the budget
+        self.register_buffer("allowed", torch.arange(len(nodes)))                   # the exits that can meet the budget
 
         # Two paths share what lies on their common prefix, and nothing else.
         self.head = conv(3, nf, 3, bias=True)
         self.body = nn.ModuleDict({n: MixedCell(space) if n[-1] == "c" else make_up(space, n) for n in nodes})
-        self.tails = nn.ModuleDict({n: Tail(nf, space.scale // self._magnification(n)) for n in nodes})
+        self.tails = nn.ModuleDict({n: Tail(nf, space.scale // magnification(space, n)) for n in nodes})
 
         steps = torch.tensor([[float(ch < w) for ch in range(nf)] for w in space.widths])
         self.register_buffer("steps", steps, persistent=False)                      # (widths, nf): one stair per width
         # Multiply-adds are integers far beyond float32's 24 bits, so every table of costs is float64. The cost of exit i
         # is fixed[i] + sum over cells c of on_path[i, c] * cost(c): what no choice changes, and the cells on the way.
-        at = {n: self._magnification(n) for n in nodes}
+        at = {n: magnification(space, n) for n in nodes}
         table = np.stack([costs.operations[at[n]] for n in self.cell_of])           # (cells, operations, widths, widths)
         fixed = [costs.head + costs.tail[at[n]] + sum((costs.cell if m[-1] == "c" else costs.up)[at[m]]
                                                       for m in nodes if n.startswith(m)) for n in nodes]
@@ -191,17 +191,15 @@ class Supernet(nn.Module):
             self.register_buffer(name, torch.from_numpy(np.array(numbers, float)), persistent=False)
         self.register_buffer("parents", torch.tensor([nodes.index(n[:-1]) for n in nodes[1:]]), persistent=False)
 
-    def _magnification(self, node: str) -> int:
-        return magnification(self.space.scale, self.space.upsample, node)
-
     def logits(self) -> list[nn.Parameter]:
         return [self.gamma, self.alpha, self.beta]
 
     def weights(self, progress: float) -> Weights:
         """THE place where logits become weights. Forward pass, derivation, cost, logs and plots all read its result."""
-        gamma = self.gamma.masked_fill(~self.allowed, -torch.inf)                   # -inf: weight exactly 0
+        logits = self.gamma[self.allowed], self.alpha, self.beta
         schedule = min(1.0, LEAD * progress), progress, progress
-        return Weights(*map(self.activation, (gamma, self.alpha, self.beta), schedule))
+        gamma, alpha, beta = map(self.activation, logits, schedule)
+        return Weights(torch.zeros_like(self.gamma).index_copy(0, self.allowed, gamma), alpha, beta)
 
     def with_ends(self, beta):
         """(cells, positions - 1, widths) -> (cells, positions + 1, widths): a cell's two ends have the full width."""
@@ -225,7 +223,8 @@ class Supernet(nn.Module):
     def forward(self, x: torch.Tensor, weights: Weights, live: Weights | None = None) -> torch.Tensor:
         """(B, 3, h, w) -> (B, 3, scale h, scale w): the weighted sum of all exits.
 
-        weights: from `weights(progress)`. live: from `read(weights)`, which is called if it is None.
+        weights: from `weights(progress)`. live: from `read(weights)` (numpy, and beta with a cell's two ends), which is called
+        if it is None.
         """
         space, nodes = self.space, self.space.nodes
         beta = self.with_ends(weights.beta)                                         # (cells, positions + 1, widths)
@@ -310,12 +309,12 @@ class Supernet(nn.Module):
             w = np.log(np.maximum(w, 1e-9))
             # 0 for what is decided now, a loss for everything else
             scores.append(np.minimum(w - np.take_along_axis(w, np.expand_dims(pick, -1), -1), 0))
-        scores[0][~self.allowed.cpu().numpy()] = -np.inf
+        scores[0][np.setdiff1d(np.arange(len(scores[0])), self.allowed.cpu())] = -np.inf
         return self._spell(*self._knapsack(*scores, *budget))
 
     def _spell(self, exit, operations, widths) -> Architecture:
         path, names = self.space.nodes[exit], tuple(OPERATIONS)
-        cells = [self.cell_of[path[:i + 1]] for i, letter in enumerate(path) if letter == "c"]
+        cells = [self.cell_of[node] for node in cells_on(path)]
         return self.space.architecture(path, [[names[k] for k in operations[c]] for c in cells],
                                        [[self.space.widths[w] for w in widths[c]] for c in cells])
 
@@ -327,8 +326,9 @@ class Supernet(nn.Module):
         """
         space, table = self.space, self.table.cpu().numpy()
         unit = most / buckets
-        with np.errstate(divide="ignore"):                     # log 0 = -inf: a cell must end at full width
-            beta = np.log(self.with_ends(torch.from_numpy(np.exp(beta))).numpy())   # (cells, positions + 1, widths)
+        end = np.full((len(beta), 1, beta.shape[-1]), -np.inf)
+        end[..., -1] = 0                                       # a cell begins and ends at full width
+        beta = np.concatenate([end, beta, end], 1)             # (cells, positions + 1, widths)
         best, widest = (-np.inf, None), len(space.widths) - 1
         for exit, (fixed, on_path) in enumerate(zip(self.fixed.tolist(), self.on_path.tolist())):
             chain = [(c, p) for c, there in enumerate(on_path) if there for p in range(space.positions)]
@@ -381,7 +381,7 @@ class Supernet(nn.Module):
     def restrict(self, least: float, target: float, most: float) -> None:
         """Forbid the exits whose networks all cost less than `least` or more than `target`; they are never computed.
 
-        (Where that leaves no network, those stay that have one which costs at most `most`.)
+        If no network costs between `least` and `target`, all up to the budget `most` is allowed instead.
         Raises ValueError, naming what is possible, if that leaves no network.
         """
         low, high = self.cost_range()
@@ -393,7 +393,7 @@ class Supernet(nn.Module):
                              f"{self._words(high.max())} (for a 1280x720 output)")
         for dearest in max(target, low.min()), most:           # some spaces have nothing between `least` and `target`
             allowed = (low <= dearest) & (high >= least)
-            self.allowed.copy_(torch.from_numpy(allowed))
+            self.allowed = torch.from_numpy(np.flatnonzero(allowed)).to(self.allowed.device)
             scores = [np.where(allowed, 0, -np.inf)] + [np.zeros(logits.shape) for logits in self.logits()[1:]]
             try:
                 self._knapsack(*scores, least, most)           # is there really one?
@@ -443,7 +443,7 @@ def draw_supernet(axis, space: Space, weights: Weights):
     Kernel: a column is as tall as the expected width behind it.
     """
     gamma, alpha, beta = (np.asarray(w) for w in weights)
-    places, cell_of = tree_layout(space), {n: i for i, n in enumerate(n for n in space.nodes if n[-1] == "c")}
+    places = tree_layout(space)
     mass = {node: sum(g for g, n in zip(gamma, space.nodes) if n.startswith(node)) for node in space.nodes}
     for node, (x, y) in places.items():
         x0, y0 = places.get(node[:-1], (0, y))
@@ -454,7 +454,7 @@ def draw_supernet(axis, space: Space, weights: Weights):
         if node[-1] == "u":
             axis.bar(x, 0.44, 0.3, y - 0.22, color=COLOURS["up"], alpha=fade, zorder=2)
         else:
-            c = cell_of[node]
+            c = space.cell_of[node]
             widths = [*(beta[c] @ np.array(space.widths) / space.channels), 1.0]
             for p, width in enumerate(widths):
                 bottom, left = y - 0.36 * width, x - 0.3 + 0.6 * p / space.positions
@@ -477,10 +477,11 @@ def draw_supernet(axis, space: Space, weights: Weights):
 def draw_levels(space: Space, path: str, steps, weights: Weights) -> Figure:
     """The three levels over training, as heat maps: all exits, and the operations and widths of the cells on `path`.
 
+    Colour is weight; black is exactly zero.
+
     steps: (T,). weights: numpy arrays, those of Weights with a leading dimension T.
     """
-    nodes = [node for node in space.nodes if node[-1] == "c"]
-    cells = [nodes.index(path[:i + 1]) for i, letter in enumerate(path) if letter == "c"]
+    cells = [space.cell_of[node] for node in cells_on(path)]
     panels = [("network: all exits", weights.gamma, space.nodes)]
     levels = ("cell: operations", weights.alpha, OPERATIONS), ("kernel: widths", weights.beta, space.widths)
     for title, level, names in levels:
@@ -492,7 +493,8 @@ def draw_levels(space: Space, path: str, steps, weights: Weights) -> Figure:
     figure = Figure(figsize=(15, 2 + 0.16 * max(len(labels) for *_, labels in panels)), layout="constrained")
     for axis, (title, level, labels) in zip(figure.subplots(1, len(panels)), panels):
         edges = np.append(steps, steps[-1] + max(1, steps[-1] - steps[-2] if len(steps) > 1 else 1))
-        mesh = axis.pcolormesh(edges, np.arange(len(labels) + 1), level.T, vmin=0, vmax=1, cmap="viridis")
+        axis.set_facecolor("black")                                    # what shows where nothing is drawn: at exactly zero
+        mesh = axis.pcolormesh(edges, np.arange(len(labels) + 1), np.ma.masked_equal(level.T, 0), vmin=0, vmax=1, cmap="viridis")
         axis.set_title(title)
         axis.set_yticks(np.arange(len(labels)) + 0.5, labels, fontsize=7)
         axis.invert_yaxis()

@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import search
 from evaluate import degrade, write_whole
-from search_space import OPERATIONS, Network, keep_memory
+from search_space import OPERATIONS, Network, cells_on, keep_memory
 from sparsestmax import sparsestmax
 from supernet import live_choices
 
@@ -83,17 +83,22 @@ def make_run(settings, pairs) -> search.Run:
     whole = search.Patches(list(pairs), settings.patch, run.device)
     run.data = search.Data(whole, whole, whole)
     run.save = lambda: None
-    net, least = run.supernet, search.LEAST * settings.budget
-    a = net.derive(net.weights(1.0), (least, settings.budget))
-    cells = [a.path[:i + 1] for i, letter in enumerate(a.path) if letter == "c"]
-    with torch.no_grad():
-        net.gamma[net.space.nodes.index(a.path)] += 0.02
-        for cell, names, widths in zip(cells, a.operations, a.widths):
-            for position, name in enumerate(names):
-                net.alpha[net.cell_of[cell], position, list(OPERATIONS).index(name)] += 0.02
-            for position, width in enumerate(widths):
-                net.beta[net.cell_of[cell], position, net.space.widths.index(width)] += 0.02
+    net = run.supernet
+    lean(net, net.derive(net.weights(1.0), (search.LEAST * settings.budget, settings.budget)), 0.02)
     return run
+
+
+@torch.no_grad()
+def lean(net, architecture, by: float):
+    """Add `by` to every logit of `net` that speaks for this architecture."""
+    a, space = architecture, net.space
+    net.gamma[space.nodes.index(a.path)] += by
+    for cell, names, widths in zip(cells_on(a.path), a.operations, a.widths):
+        c = net.cell_of[cell]
+        for position, name in enumerate(names):
+            net.alpha[c, position, list(OPERATIONS).index(name)] += by
+        for position, width in enumerate(widths):
+            net.beta[c, position, space.widths.index(width)] += by
 
 
 def become_network(run, architecture=None):
@@ -115,7 +120,7 @@ def evaluated(run, how: str):
         def read_all(weights):
             live = read(weights, dense=True)
             if how == "dense":
-                live.gamma[~net.allowed.cpu().numpy()] = 0
+                live.gamma[np.setdiff1d(np.arange(len(live.gamma)), net.allowed.cpu())] = 0
             return live
         net.read = read_all
 

@@ -22,8 +22,7 @@ from PIL import Image
 
 import evaluate
 import search
-from search_space import Architecture
-from test_search import TINY, photos, run                      # noqa: F401 (photos is a fixture)
+from test_search import TINY, photos, run, same_results        # noqa: F401 (photos is a fixture)
 
 ROOT = Path(search.__file__).parent
 
@@ -41,16 +40,6 @@ def refused(main, *arguments) -> str:
     *_, last = err.getvalue().strip().splitlines()
     assert last.startswith(("search.py: error: ", "evaluate.py: error: ")) and "Traceback" not in err.getvalue()
     return last
-
-
-def same_results(a: Path, b: Path):
-    x, y = (torch.load(folder / "network.pt", weights_only=True) for folder in (a, b))
-    assert x.keys() == y.keys() and all(torch.equal(x[key], y[key]) for key in x)
-    assert (a / "architecture.json").read_text() == (b / "architecture.json").read_text()
-    x, y = (list(csv.DictReader((folder / "history.csv").open())) for folder in (a, b))
-    assert [row | dict(seconds=0) for row in x] == [row | dict(seconds=0) for row in y]
-    with np.load(a / "distributions.npz") as x, np.load(b / "distributions.npz") as y:
-        assert all(np.array_equal(x[key], y[key]) for key in x)
 
 
 # --- Kills ---------------------------------------------------------------------------------------------------------
@@ -206,6 +195,33 @@ def test_a_bad_loss_is_not_learned_from(tmp_path, photos, monkeypatch, capsys, a
     assert json.loads((out / "results.json").read_text())["halvings"] == 1
     rows = list(csv.DictReader((out / "history.csv").open()))
     assert [int(row["step"]) for row in rows] == list(range(1, 15)) and "nan" not in (out / "history.csv").read_text()
+
+
+def test_a_signal_beside_a_bad_loss_is_heeded(tmp_path, photos, monkeypatch, capsys):
+    """The step in which SIGTERM comes has a loss that is no number: nothing to save, and still the run ends."""
+    loss = search.Run.loss
+
+    def ill_fated(self, *args):
+        if self.step == 10:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(self, *args) * (torch.nan if self.step == 10 else 1)
+    monkeypatch.setattr(search.Run, "loss", ill_fated)
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "a", "--data", photos, "--budget", "2G", "--steps", "5000")
+    assert stop.value.code == 143 and "go on with" in capsys.readouterr().err
+    assert torch.load(tmp_path / "a" / "checkpoint.pt", weights_only=True)["step"] < 10
+
+
+def test_memory_that_does_not_suffice_is_one_line(tmp_path, photos, finished, monkeypatch):
+    def greedy(self, *args):
+        return torch.empty(2 ** 60, dtype=torch.uint8)
+    monkeypatch.setattr(search.Run, "loss", greedy)
+    assert "smaller --batch or --patch" in refused(search.main, *TINY, "--data", photos, "--budget", "2G", "--out", tmp_path / "a")
+    for error in MemoryError(), torch.OutOfMemoryError("CUDA out of memory."):
+        def fail(*args, **options):
+            raise error
+        monkeypatch.setattr(evaluate, "super_resolve", fail)
+        assert "out of memory" in refused(evaluate.main, finished, "--benchmark", photos)
 
 
 def test_a_run_that_keeps_diverging_gives_up(tmp_path, photos, monkeypatch):
@@ -436,6 +452,9 @@ def test_checkpoints_and_settings_of_other_people(finished, tmp_path):
         whole = json.loads((finished / "settings.json").read_text())
         (mine / "settings.json").write_text(json.dumps(dict(settings=whole["settings"] | change)))
         assert len(refused(search.main, "--resume", "--out", mine)) < 500, change
+    (mine / "evil.py").write_text(f"open({str(tmp_path / 'was-here')!r}, 'w')")
+    (mine / "settings.json").write_text(json.dumps(dict(settings=whole["settings"] | dict(activation=f"{mine}/evil.py:f"))))
+    assert "add --activation" in refused(search.main, "--resume", "--out", mine) and not (tmp_path / "was-here").exists()
     for text in "", "{}", "[]", '{"settings": 3}', '{"settings": {}}':
         (mine / "settings.json").write_text(text)
         assert "settings.json is missing or damaged" in refused(search.main, "--resume", "--out", mine)
@@ -452,8 +471,3 @@ def test_the_same_seed_gives_the_same_bits(tmp_path, photos, threads):
     finally:
         torch.set_num_threads(before)
     same_results(a, b)
-
-
-def test_an_architecture_survives_its_file():
-    a = Architecture(2, 16, "cu", (("dws", "skip1x1"),), ((8,),))
-    assert Architecture.from_json(a.to_json()) == a

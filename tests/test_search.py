@@ -17,8 +17,9 @@ from PIL import Image
 import evaluate
 import search
 import search_space
+from benchmark import lean
 from evaluate import degrade, load_run
-from search_space import OPERATIONS, Network
+from search_space import Network
 from sparsestmax import ACTIVATIONS
 
 TINY = "--channels 16 --cells 2 --positions 2 --batch 2 --patch 8 --steps 14 --search 8 --device cpu".split()
@@ -27,6 +28,16 @@ TINY = "--channels 16 --cells 2 --positions 2 --batch 2 --patch 8 --steps 14 --s
 def run(out, *options):
     search.main([*TINY, "--out", str(out), *map(str, options)])
     return out
+
+
+def same_results(a: Path, b: Path):
+    x, y = (torch.load(folder / "network.pt", weights_only=True) for folder in (a, b))
+    assert x.keys() == y.keys() and all(torch.equal(x[key], y[key]) for key in x)
+    assert (a / "architecture.json").read_text() == (b / "architecture.json").read_text()
+    x, y = (list(csv.DictReader((folder / "history.csv").open())) for folder in (a, b))
+    assert [row | dict(seconds=0) for row in x] == [row | dict(seconds=0) for row in y]
+    with np.load(a / "distributions.npz") as x, np.load(b / "distributions.npz") as y:
+        assert all(np.array_equal(x[key], y[key]) for key in x)
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +119,11 @@ def test_a_budget_in_milliseconds(tmp_path, photos, monkeypatch, capsys):
     assert len(calls) == 1 and "milliseconds as measured before" in capsys.readouterr().out
     assert (a / "architecture.json").read_text() == (b / "architecture.json").read_text()
     (tmp_path / "milliseconds.json").unlink()                  # a run goes on with its own
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)                                   # as if on another machine
     calls.clear()
     search.main(["--resume", "--out", str(b)])
+    torch.set_num_threads(threads)
     assert len(calls) == 1
     for text in "rubbish", "[1]", '{"a": 1}':
         (tmp_path / "milliseconds.json").write_text(text)
@@ -147,13 +161,7 @@ def test_resuming_gives_the_same_bits(tmp_path, photos, monkeypatch, activation,
             run(out, *options) if i == 0 else search.main(["--resume", "--out", str(out)])
         except Killed:
             assert at is not None
-    a, b = (torch.load(folder / "network.pt", weights_only=True) for folder in (straight, out))
-    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-    assert (straight / "architecture.json").read_text() == (out / "architecture.json").read_text()
-    a, b = (list(csv.DictReader((folder / "history.csv").open())) for folder in (straight, out))
-    assert [row | dict(seconds=0) for row in a] == [row | dict(seconds=0) for row in b]
-    a, b = (np.load(folder / "distributions.npz") for folder in (straight, out))
-    assert all(np.array_equal(a[key], b[key]) for key in a)
+    same_results(straight, out)
 
 
 def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
@@ -185,14 +193,8 @@ def test_hand_over_is_an_identity_and_keeps_adams_memory(photos, tmp_path):
     for _ in range(3):
         made.sum = made.search_step(0.0)[0]
     net, old = made.supernet, made.optimiser
-    with torch.no_grad():                                      # lead towards a network that the budget allows
-        wanted = net.derive(net.weights(1.0), (1.6e9, 2e9), made.sum)
-        net.gamma[net.space.nodes.index(wanted.path)] += 9
-        for i, cell in enumerate(wanted.path[:j + 1] for j, letter in enumerate(wanted.path) if letter == "c"):
-            for p, name in enumerate(wanted.operations[i]):
-                net.alpha[net.cell_of[cell], p, list(OPERATIONS).index(name)] += 9
-            for p, width in enumerate(wanted.widths[i]):
-                net.beta[net.cell_of[cell], p, net.space.widths.index(width)] += 9
+    wanted = net.derive(net.weights(1.0), (1.6e9, 2e9), made.sum)
+    lean(net, wanted, 9.0)                                     # towards a network that the budget allows
     made.hand_over()
     assert type(made.network) is Network and made.network.architecture == wanted
     assert made.hand_over_report["largest_difference"] <= 1e-5
@@ -220,7 +222,7 @@ def test_exits_pay_for_what_exceeds_the_target_and_cells_move_towards_it(photos,
     made = make_run(photos, tmp_path, search=40, steps=50)
     net = made.supernet
     made.loss = lambda *args: 0 * sum(p.sum() for p in net.parameters())
-    net.allowed.fill_(True)
+    net.allowed = torch.arange(len(net.space.nodes))
     before = net.exit_costs(net.weights(0.0)).detach()
     for _ in range(30):
         made.search_step(0.05)
@@ -233,8 +235,12 @@ def test_exits_pay_for_what_exceeds_the_target_and_cells_move_towards_it(photos,
 
 def test_halves_are_disjoint_and_complete(photos, tmp_path):
     made = make_run(photos, tmp_path)
-    a, b = made.data.half_a.photos.tolist(), made.data.half_b.photos.tolist()
-    assert sorted(a + b) == made.data.whole.photos.tolist() == [0, 1, 2, 3] and len(a) == len(b) == 2
+    drawn = []                                                 # (3, 4): how likely each half, and all, draw each photograph
+    for patches in made.data.half_a, made.data.half_b, made.data.whole:
+        per_block = patches.up_to.diff(prepend=torch.zeros(1, dtype=torch.double))
+        drawn.append(torch.stack([part.sum() for part in per_block.split(patches.blocks.tolist())]))
+    a, b, both = torch.stack(drawn)
+    assert torch.allclose(a + b, both) and (both > 0).all() and not (a * b).any() and (a > 0).sum() == (b > 0).sum() == 2
     assert made.data.half_a.lr is made.data.whole.lr                     # the pixels are in memory once
     whole, = search.load_photos(str(photos), 2, 8, 0)[:1]
     a, b = search.cut_in_two([whole])
@@ -431,3 +437,14 @@ def test_runs_are_compared(tmp_path, photos, capsys):
         with pytest.raises(SystemExit) as stop:
             evaluate.main(arguments)
         assert stop.value.code == 2 and message in capsys.readouterr().err
+    whole = {name: (runs[0] / name).read_bytes() for name in ("distributions.npz", "results.json", "settings.json")}
+    for name, damage in [("distributions.npz", whole["distributions.npz"][:-99]), ("distributions.npz", b""),
+                         ("results.json", b"[]"), ("results.json", b"[" * 10 ** 5), ("results.json", b'{"sample": {"bicubic": {}}}'),
+                         ("results.json", whole["results.json"].replace(b'"hand_over": {', b'"hand_over": null, "x": {')),
+                         ("settings.json", b'{"settings": {}}'), ("settings.json", b'{"settings": null}')]:
+        (runs[0] / name).write_bytes(damage)
+        with pytest.raises(SystemExit) as stop:
+            evaluate.main(["--compare", *map(str, runs)])
+        error, = capsys.readouterr().err.splitlines()
+        assert stop.value.code == 2 and "no finished run" in error, (name, damage[:50])
+        (runs[0] / name).write_bytes(whole[name])

@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import search_space
-from search_space import (_PUBLISHED, OPERATIONS, PUBLISHED, Architecture, Network, Space, Up, counted_costs, draw_architecture,
+from search_space import (OPERATIONS, PUBLISHED, Architecture, Network, Space, Up, counted_costs, draw_architecture,
                           measured_costs, milliseconds, published, sum_of_parts)
 
 VALID = Space(scale=4).architecture("cuc", [["dws"] * 5] * 2, [[24, 32, 40, 56]] * 2)
@@ -44,7 +44,7 @@ def test_formula_equals_torch_for_published_and_200_random_networks():
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_networks(name):
-    a, (*_, parameters, gmacs) = published(name), _PUBLISHED[name]
+    a, (*_, parameters, gmacs) = published(name), PUBLISHED[name]
     assert a.parameters() == pytest.approx(1e6 * parameters, abs=501)              # to the last digit printed
     assert a.multiply_adds(256 ** 2) == pytest.approx(1e9 * gmacs, rel=0.005)
     biases = 256 ** 2 * sum(biases * pixels for _, biases, pixels in a.layers())   # the whole remainder, to that digit

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmark import lean
 from search_space import OPERATIONS, Network, Space
 from sparsestmax import ACTIVATIONS
 from supernet import MixedCell, Side, Supernet, Weights
@@ -20,20 +21,6 @@ def make(space, activation="sparsestmax", seed=0, spread=1.0, dtype=torch.float6
     for tail in net.tails.values():                            # born near zero; here they must show what is before them
         torch.nn.init.normal_(tail.conv.weight, std=0.1)
     return net
-
-
-def choose(net, architecture):
-    """Set the logits so that the architecture is the largest choice everywhere on its path."""
-    space, a = net.space, architecture
-    with torch.no_grad():
-        net.gamma[space.nodes.index(a.path)] = net.gamma.max() + 1
-        cells = [a.path[:i + 1] for i, letter in enumerate(a.path) if letter == "c"]
-        for cell, names, widths in zip(cells, a.operations, a.widths):
-            c = net.cell_of[cell]
-            for p, name in enumerate(names):
-                net.alpha[c, p, list(OPERATIONS).index(name)] = net.alpha[c, p].max() + 1
-            for p, width in enumerate(widths):
-                net.beta[c, p, space.widths.index(width)] = net.beta[c, p].max() + 1
 
 
 def outcome(net, progress, dense):
@@ -115,7 +102,7 @@ def test_derived_network_is_the_supernet_at_progress_1(scale):
     for seed in range(50):
         net = make(space, seed=seed, dtype=torch.float32, spread=0.1)
         wanted = space.random(rng)
-        choose(net, wanted)
+        lean(net, wanted, 20.0)
         with torch.no_grad():
             weights = net.weights(1.0)
             found = net.derive(weights)
@@ -161,7 +148,7 @@ def test_every_derivation_keeps_the_budget(space):
         for progress in (0.0, 1.0):
             found = net.derive(net.weights(progress), (0.8 * budget, budget), net.weights(0.0))
             assert 0.8 * budget <= found.multiply_adds() <= budget
-            assert net.allowed[space.nodes.index(found.path)]
+            assert space.nodes.index(found.path) in net.allowed
 
 
 def test_knapsack_finds_the_best_within_the_budget():
@@ -204,19 +191,34 @@ def test_impossible_budgets_name_what_is_possible():
 def test_forbidden_exits_get_no_weight():
     net = make(Space(2, 24, 3, 2))
     net.restrict(2.4e9, 2.7e9, 3e9)
-    assert 0 < net.allowed.sum() < len(net.allowed)
+    assert 0 < len(net.allowed) < len(net.gamma)
     for progress in (0.0, 0.5, 1.0):
-        assert not net.weights(progress).gamma[~net.allowed].any()
+        gamma = net.weights(progress).gamma.detach()
+        assert gamma[net.allowed].sum() == pytest.approx(1) and gamma.sum() == pytest.approx(1)
+
+
+def test_a_map_sees_only_the_exits_that_are_allowed():
+    """So a map of a student's need not know what -inf means."""
+    seen = []
+
+    def spy(logits, progress):
+        seen.append(logits)
+        return logits.softmax(-1)
+    net = Supernet(Space(2, 24, 3, 2), spy)
+    net.restrict(2.4e9, 2.7e9, 3e9)
+    net.weights(0.5).gamma[net.allowed[0]].backward()
+    assert torch.equal(seen[0], net.gamma[net.allowed]) and len(seen[0]) < len(net.gamma)
+    assert sorted(net.gamma.grad.nonzero().flatten().tolist()) == net.allowed.tolist()
 
 
 def test_an_exit_that_cannot_reach_the_target_is_forbidden():
     net = make(Space(2, 24, 3, 3))
     low, high = net.cost_range()
     net.restrict(4.8e9, 5.4e9, 6e9)
-    assert net.allowed.tolist() == ((low <= 5.4e9) & (high >= 4.8e9)).tolist()
+    assert net.allowed.tolist() == np.flatnonzero((low <= 5.4e9) & (high >= 4.8e9)).tolist()
     most = low.min() * 1.05                                    # hardly anything fits: the cheapest exit is kept
     net.restrict(0.8 * most, 0.9 * most, most)
-    assert net.allowed.tolist() == (low == low.min()).tolist()
+    assert net.allowed.tolist() == np.flatnonzero(low == low.min()).tolist()
 
 
 def test_logits_are_saved_and_moved():
