@@ -356,7 +356,8 @@ class Run:
         self.data: Data | None = None                                  # from load_data
 
     def adam(self, parameters):
-        return torch.optim.Adam(parameters, lr=self.settings.rate, betas=(0.9, 0.99), fused=True)
+        # The loop sets the rate before each step, but the one in which the network leaves the supernet takes this.
+        return torch.optim.Adam(parameters, lr=self.settings.rate / 2 ** self.halvings, betas=(0.9, 0.99), fused=True)
 
     def loss(self, model, patches: Patches, *weights) -> torch.Tensor:
         """L1 between the model's output on one batch and the truth (L1 rather than L2: Lim et al., arXiv 1707.02921)."""
