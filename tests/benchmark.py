@@ -141,6 +141,7 @@ def whole_step(run, progress, how="ours"):
 
 def step_times(settings, pairs, rounds):
     run, lone = make_run(settings, pairs), become_network(make_run(settings, pairs))
+    run.logits_optimiser.param_groups[0]["lr"] = 0.0           # or the run would drift away from the network that `lone` has
     contenders = {"derived network, a training step": lone.training_step}
     for name, step in ("weights only", weights_half), ("whole step", whole_step):
         contenders[f"the whole tree, {name}"] = partial(step, run, PROGRESS[0], "tree")
@@ -152,6 +153,7 @@ def step_times(settings, pairs, rounds):
         dense = seconds["dense, whole step" if "whole step" in name else "dense, weights only"]
         rows.append(f"| {name} | {in_words(s, seconds['derived network, a training step'])} | "
                     f"{np.median(s) / np.median(dense):.2f} |")
+    assert run.supernet.derive(run.supernet.weights(1.0)) == lone.network.architecture
     live = {p: live_choices(run.supernet.weights(p)) for p in PROGRESS}
     rows.append("\nDense: all of every exit that the budget allows; the whole tree: of those that it forbids, too. Alive (exits, "
                 "operations, widths): " + "; ".join(f"{p}: {e}, {o:.1f}, {w:.1f}" for p, (e, o, w) in live.items()) + ".")
