@@ -498,8 +498,9 @@ class Run:
                     saved = time.perf_counter()
             self.save()
         except FloatingPointError:
-            if not largest(max(caught, default=0)):
-                raise                                  # (else the last sound checkpoint stands, and the signal is heeded)
+            if number := largest(max(caught, default=0)):
+                raise KeyboardInterrupt(number) from None              # the last sound checkpoint stands
+            raise
         finally:
             bar.close()
             for number, handler in handlers.items():

@@ -9,8 +9,6 @@ machine slows all of them, and ratios are taken within the table. The table, wit
 """
 import argparse
 import ctypes
-import json
-import os
 import platform
 import sys
 import time

@@ -197,19 +197,21 @@ def test_a_bad_loss_is_not_learned_from(tmp_path, photos, monkeypatch, capsys, a
     assert [int(row["step"]) for row in rows] == list(range(1, 15)) and "nan" not in (out / "history.csv").read_text()
 
 
-def test_a_signal_beside_a_bad_loss_is_heeded(tmp_path, photos, monkeypatch, capsys):
+@pytest.mark.parametrize("at, steps", [(10, 5000), (13, 14)])  # in the middle, and the last step
+def test_a_signal_beside_a_bad_loss_is_heeded(tmp_path, photos, monkeypatch, capsys, at, steps):
     """The step in which SIGTERM comes has a loss that is no number: nothing to save, and still the run ends."""
     loss = search.Run.loss
 
     def ill_fated(self, *args):
-        if self.step == 10:
+        if self.step == at:
             os.kill(os.getpid(), signal.SIGTERM)
-        return loss(self, *args) * (torch.nan if self.step == 10 else 1)
+        return loss(self, *args) * (torch.nan if self.step == at else 1)
     monkeypatch.setattr(search.Run, "loss", ill_fated)
     with pytest.raises(SystemExit) as stop:
-        run(tmp_path / "a", "--data", photos, "--budget", "2G", "--steps", "5000")
+        run(tmp_path / "a", "--data", photos, "--budget", "2G", "--steps", steps)
     assert stop.value.code == 143 and "go on with" in capsys.readouterr().err
-    assert torch.load(tmp_path / "a" / "checkpoint.pt", weights_only=True)["step"] < 10
+    assert torch.load(tmp_path / "a" / "checkpoint.pt", weights_only=True)["step"] < at
+    assert not (tmp_path / "a" / "network.pt").exists()
 
 
 def test_memory_that_does_not_suffice_is_one_line(tmp_path, photos, finished, monkeypatch):
