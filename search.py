@@ -356,8 +356,7 @@ class Run:
         self.data: Data | None = None                                  # from load_data
 
     def adam(self, parameters):
-        # The loop sets the rate before each step, but the one in which the network leaves the supernet takes this.
-        return torch.optim.Adam(parameters, lr=self.settings.rate / 2 ** self.halvings, betas=(0.9, 0.99), fused=True)
+        return torch.optim.Adam(parameters, betas=(0.9, 0.99), fused=True)         # the loop sets the rate before each step
 
     def loss(self, model, patches: Patches, *weights) -> torch.Tensor:
         """L1 between the model's output on one batch and the truth (L1 rather than L2: Lim et al., arXiv 1707.02921)."""
@@ -462,18 +461,18 @@ class Run:
         try:
             while self.step < s.steps and not largest(max(caught, default=0)):
                 # 1. Where are we in the schedules?
+                if self.step == s.search and self.network is None:
+                    self.hand_over()
                 progress = progress_at(self.step, s.search)
                 for group in self.optimiser.param_groups:
                     group["lr"] = s.rate * learning_rate_at(self.step, s.search, s.steps) / 2 ** self.halvings
                 # 2. One step, of the supernet or, from the hand-over on, of the network it has become.
-                if self.step < s.search:
+                if self.network is None:
                     weights, cost = self.search_step(progress)
                     self.sum = weights if self.sum is None else Weights(*map(torch.add, self.sum, weights))
                     if self.step % every_snapshot == 0:
                         self.snapshots.append((self.step, Weights(*(w.cpu() for w in weights))))
                 else:
-                    if self.network is None:
-                        self.hand_over()
                     self.training_step()
                 # 3. Keep books. Losses leave the device only when they are shown or saved.
                 phase, now = "search" if self.step < s.search else "training", time.perf_counter()

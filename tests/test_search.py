@@ -327,6 +327,18 @@ def test_schedules():
     assert rates[0] < rates[25] < rates[49] == max(rates) and 0.99 < max(rates) <= 1 and rates[-1] < 0.011
 
 
+def test_the_first_step_of_the_found_network_takes_the_rate_of_its_step(tmp_path, photos, monkeypatch):
+    rates, descend = [], search.Run.descend
+
+    def watched(self, what, optimiser, loss):
+        if what == "weights":
+            rates.append(optimiser.param_groups[0]["lr"])
+        descend(self, what, optimiser, loss)
+    monkeypatch.setattr(search.Run, "descend", watched)
+    s = json.loads((run(tmp_path / "a", "--data", photos, "--budget", "2G") / "settings.json").read_text())["settings"]
+    assert rates == [s["rate"] * search.learning_rate_at(step, s["search"], s["steps"]) for step in range(s["steps"])]
+
+
 @pytest.mark.parametrize("text, value, unit", [
     ("18G", 18e9, "multiply-adds"), ("750M", 7.5e8, "multiply-adds"), ("1.5g", 1.5e9, "multiply-adds"),
     ("2e9", 2e9, "multiply-adds"), ("80ms", 80, "ms"), ("12.5MS", 12.5, "ms")])
