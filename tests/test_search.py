@@ -404,6 +404,35 @@ def test_two_processes_are_one_with_twice_their_share(tmp_path, photos):
         np.testing.assert_allclose(one[key], two[key], atol=2e-3)      # near ties the map magnifies rounding
 
 
+ILL_FATED = """
+import sys
+sys.path.insert(0, {folder!r})
+import search
+search.SAVE_SECONDS = (0, 1e9)[search.RANK]                    # process 1 would never save
+loss = search.Run.loss
+
+def ill_fated(self, *args):
+    print(self.step, file=open(f"{{sys.argv[-1]}}.{{search.RANK}}", "a"))
+    if self.step == 20:
+        raise ValueError("far enough")
+    return loss(self, *args) * (float("nan") if search.RANK == 1 and self.step == 12 and not self.halvings else 1)
+search.Run.loss = ill_fated
+search.main()
+"""
+
+
+def test_two_processes_go_back_to_one_step(tmp_path, photos):
+    """One process has a bad loss, and its clock differs: both go back to the same checkpoint, and take the same steps from there."""
+    script, out = tmp_path / "ill_fated.py", tmp_path / "two"
+    script.write_text(ILL_FATED.format(folder=str(Path(search.__file__).parent)))
+    options = [*TINY, "--steps", "4000", "--data", str(photos), "--budget", "2G", "--out", str(out)]   # so losses are read rarely
+    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script),
+                             *options], text=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
+    assert result.stderr.count("back to step 12, at half the learning rate") == 1
+    taken = [Path(f"{out}.{rank}").read_text() for rank in (0, 1)]
+    assert taken[0] == taken[1] and taken[0].count("12\n") == 2 and taken[0].endswith("20\n")
+
+
 def test_a_batch_that_cannot_be_split_is_refused(tmp_path, photos, monkeypatch):
     monkeypatch.setattr(search, "WORLD", 3)
     args = search.arguments().parse_args([*TINY, "--batch", "4", "--out", str(tmp_path / "r")])
