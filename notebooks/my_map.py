@@ -10,7 +10,7 @@ at each call. "exact gradient": autograd's gradient is the map's own. "one-hot a
 import torch
 
 
-def annealed_softmax(logits, progress=0.0, dim=-1):
+def annealed_softmax(logits, progress=0.0):
     """Task 1: the weights that maximise <p, logits> + T * entropy(p), with the temperature T = 0.01 ** progress."""
     raise NotImplementedError("task 1, annealed_softmax")
 
@@ -23,7 +23,7 @@ def entmax15_row(z):
     raise NotImplementedError("task 2, entmax15_row")
 
 
-def entmax15(logits, progress=0.0, dim=-1):
+def entmax15(logits, progress=0.0):
     """Task 2b: the same for all rows at once, without a loop. It has no schedule: progress is ignored."""
     raise NotImplementedError("task 2, entmax15")
 
@@ -31,7 +31,7 @@ def entmax15(logits, progress=0.0, dim=-1):
 entmax15.promises = {"deterministic", "exact gradient"}
 
 
-def my_map(logits, progress=0.0, dim=-1):
+def my_map(logits, progress=0.0):
     """Task 3: a map of your own that ends in a decision."""
     raise NotImplementedError("task 3, my_map")
 

@@ -1,8 +1,8 @@
 """What must hold for a map onto the simplex: for every entry of ACTIVATIONS, and for yours.
 
 Each check takes a map f(logits, progress) and raises Failed, which prints input / yours / expected. They hold no
-solutions: what a map must be is said by laws, or by the optimisation problem that defines it, solved slowly.
-TRILEVEL_GRADE_SEED changes all seeds and shapes, so that a class can be graded on cases it has not seen.
+closed forms: what a map must be is said by laws, or by the optimisation problem that defines it, solved slowly.
+TRILEVEL_GRADE_SEED changes all random logits and their shapes, so that a class can be graded on cases it has not seen.
 """
 import builtins
 import os
@@ -42,7 +42,7 @@ def logits(seed, *shape, dtype=torch.float64):
 def cases():
     """(logits, progress): random ones of several sizes and scales, then nasty ones."""
     for i, progress in enumerate(PROGRESS):
-        for size in (1, 2, 3, 4 + SEED % 3, 9 + SEED % 7):
+        for size in (1, 2, 3, 4 + SEED % 3, 9 + SEED % 6):
             for scale in (0.01, 0.5, 5.0):
                 yield scale * logits(100 * i + size, 4, size), progress
         nasty = [[0., 0., 0.], [1., 1., 0.], [1., 1., 1 + 1e-9], [1e4, -1e4, 0.], [1e-5, 0., -1e-5]]
@@ -162,20 +162,35 @@ def finite_gradient(f):
             raise Failed("the gradient is finite, at ties too", z, progress, z.grad, "finite numbers")
 
 
+def learns(f):
+    """While candidates are close and the schedule is young, the weights answer to the logits: or no search learns anything."""
+    for seed in range(4):
+        z = 0.1 * logits(seed, 3)
+        for progress in (0.0, 0.15, 0.3):
+            J = torch.autograd.functional.jacobian(lambda z: f(z, progress), z)
+            if J.abs().max() < 1e-6:
+                raise Failed("three close candidates answer to their logits", z, progress, J, "slopes that are not all zero")
+
+
 def thaws(f):
     """With two survivors left and progress below 1, their ranking still answers to the logits."""
-    for gap in (0.1, 0.5):
+    seen = 0
+    for gap in (0.1 + 0.5 * logits(4, 4).abs()).tolist():
         z = torch.tensor([gap, 0., -9.], dtype=torch.float64)
         for progress in (0.3, 0.6, 0.9):
             p = f(z, progress)
             if int((p > 0).sum()) == 2:
                 J = torch.autograd.functional.jacobian(lambda z: f(z, progress), z)
+                seen += 1
                 if not (J[0, 0] > 1e-4 and J[1, 0] < -1e-4):
                     raise Failed("the last two survivors still learn", z, progress, J, "d p_1 / d z_1 > 0 > d p_2 / d z_1")
+    if not seen:
+        raise Failed("the last two survivors still learn", "(gap, 0, -9), four gaps from .1 on", "0.3, 0.6, 0.9",
+                     "never exactly two survivors", "two of them in one case at least")
 
 
 LAWS = {"on the simplex": on_the_simplex, "K = 1": one_candidate_has_all_the_weight, "leading shapes": leading_shapes,
-        "shift": shift, "finite gradient": finite_gradient}
+        "shift": shift, "finite gradient": finite_gradient, "learns": learns}
 OF_THE_DETERMINISTIC = {"deterministic": deterministic, "permutation": permutation, "order": order}
 PROMISED = {"one-hot at progress 1": one_hot_at_the_end, "exact gradient": gradient, "thaws": thaws}
 

@@ -33,6 +33,8 @@ def broken(f, *promises):
     ("order", broken(lambda z, progress: (-z).softmax(-1))),
     ("one-hot at progress 1", broken(lambda z, progress: z.softmax(-1), "one-hot at progress 1")),
     ("exact gradient", broken(lambda z, progress: z.detach().softmax(-1) + 0 * z, "exact gradient")),
+    ("learns", broken(lambda z, progress: torch.eye(z.shape[-1], dtype=z.dtype)[z.argmax(-1)] + 0 * z)),
+    ("thaws", broken(lambda z, progress: ACTIVATIONS["softmax"](z), "thaws")),                      # nobody ever leaves
     ("thaws", broken(lambda z, progress: ACTIVATIONS["sparsestmax"](z, progress), "thaws"))])       # its last two lock
 def test_a_broken_map_is_found(law, f):
     with pytest.raises(checks.Failed, match="(?s)input.*yours.*expected"):
@@ -106,8 +108,11 @@ def load(path):
     spec = importlib.util.spec_from_file_location("my_map", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.annealed_softmax.promises = module.entmax15.promises = {"deterministic", "exact gradient"}
-    module.my_map.promises = getattr(module.my_map, "promises", set()) | {"one-hot at progress 1"}     # more, if it likes
+    for name in "annealed_softmax", "entmax15":
+        if hasattr(module, name):                              # a file may hold one task only
+            getattr(module, name).promises = {"deterministic", "exact gradient"}
+    if hasattr(module, "my_map"):
+        module.my_map.promises = {*getattr(module.my_map, "promises", ()), "one-hot at progress 1"}        # more, if it likes
     return module
 
 
@@ -125,6 +130,26 @@ def test_a_map_that_promises_nothing_is_still_graded(tmp_path):
     with pytest.raises(checks.Failed, match="at progress 1"):
         one_hot = checks.laws_of(softmax.my_map)["one-hot at progress 1"]
         one_hot(softmax.my_map)
+
+
+def test_a_file_may_hold_one_task_only(tmp_path):
+    text = "def my_map(logits, progress):\n    return logits.softmax(-1)\nmy_map.promises = ['deterministic']\n"
+    (tmp_path / "my_map.py").write_text(text)
+    assert load(tmp_path / "my_map.py").my_map.promises == {"deterministic", "one-hot at progress 1"}
+
+
+def no_copy(f):
+    """Task 3 asks for a map of your own, which sparsestmax.py does not hold."""
+    for name, other in ACTIVATIONS.items():
+        if all(torch.allclose(checks.seeded(f)(z, progress), checks.seeded(other)(z, progress), atol=1e-6)
+               for z, progress in checks.cases()):
+            raise checks.Failed("a map of your own", "all cases", "any", f"the weights of {name}", "others")
+
+
+def test_a_copy_is_found():
+    with pytest.raises(checks.Failed, match="the weights of sparsestmax"):
+        no_copy(lambda z, progress: ACTIVATIONS["sparsestmax"](z, progress))
+    no_copy(lambda z, progress: (2 * z).softmax(-1))
 
 
 # p maximises <p, z> + T H(p): its slope vanishes where p_k = exp((z_k - tau) / T)
@@ -155,9 +180,9 @@ def test_task2(mine, law):
 
 
 @pytest.mark.task3
-@pytest.mark.parametrize("law", [*checks.LAWS, *checks.OF_THE_DETERMINISTIC, *checks.PROMISED])
+@pytest.mark.parametrize("law", [*checks.LAWS, *checks.OF_THE_DETERMINISTIC, *checks.PROMISED, "no copy"])
 def test_task3(mine, law):
-    laws = checks.laws_of(mine.my_map)
+    laws = checks.laws_of(mine.my_map) | {"no copy": no_copy}
     if law not in laws:
         pytest.skip("not promised")
     checks.hold(mine.my_map, law, laws[law])
