@@ -493,6 +493,7 @@ def read_report(run):
 
 def compare(runs, picture):
     """A table with a row for each activation (mean and standard deviation over its seeds), and a figure."""
+    there_is_a_folder_for(picture)
     groups = {}
     for run in runs:
         report = read_report(run)
@@ -545,9 +546,14 @@ def compare(runs, picture):
 # --- The command line -------------------------------------------------------------------------------------------------
 def run_benchmark(network, run, folders):
     """Print a table per set, and save the figures and the crops of the two photographs that gain most."""
-    scale = network.architecture.scale
+    scale, report = network.architecture.scale, Path(run) / "benchmark.json"
     bicubic, ours = lambda lr: resize(lr, scale), lambda lr: super_resolve(network, lr)
     sets, means = {}, {}
+    if report.exists():                                    # sets that were measured before stay in it
+        try:
+            means = dict(json.loads(report.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{report} is damaged; delete it to measure again") from error
     for each in (each for folder in folders for each in sets_in(folder)):
         place = each.resolve()
         name = place.parent.name if place.name == "HR" else place.name
@@ -563,17 +569,23 @@ def run_benchmark(network, run, folders):
         gains = [row[1] - floor[1] for row, floor in zip(found, base)]
         best = [photos[k] for k in np.argsort(gains)[::-1][:2]]
         save_crops(Path(run) / f"crops_{name}.png", best, bicubic, ours, scale)
-    write_whole(Path(run) / "benchmark.json", lambda path: path.write_text(json.dumps(means, indent=1) + "\n"))
+    write_whole(report, lambda path: path.write_text(json.dumps(means, indent=1) + "\n"))
+
+
+def there_is_a_folder_for(output):
+    if not output.parent.is_dir():
+        raise ValueError(f"there is no folder {output.parent} to write into: make it first")
 
 
 def run_upscale(network, photo, output):
     """Enlarge a picture file: grey stays grey, alpha is kept (bicubic). What forbids it is found before the work."""
     output, suffix = Path(output), Path(output).suffix.lower()
+    if os.path.isdir(photo):
+        raise ValueError(f"{photo} is a folder: --upscale takes one picture at a time")
     image, scale = open_photo(photo), network.architecture.scale
     if suffix not in OUTPUTS:
         raise ValueError(f"{output} must end in one of {' '.join(OUTPUTS)}")
-    if not output.parent.is_dir():
-        raise ValueError(f"there is no folder {output.parent} to write into: make it first")
+    there_is_a_folder_for(output)
     if output.is_dir() or output.exists() and os.path.samefile(photo, output):
         raise ValueError(f"{output} is {'a folder' if output.is_dir() else 'the input itself'}: choose another name")
     if image.mode.endswith("A") and suffix in (".jpg", ".jpeg"):
@@ -605,10 +617,16 @@ def run_time(network, device):
 def run_export(network, path):
     """Write the network as a graph of torch's own operations, and load it again to see that it computes the same.
 
-    The graph takes float (B, 3, h, w) in [0, 1], with any B, h and w, and gives (B, 3, scale h, scale w), not clipped.
+    The graph takes float (B, 3, h, w) in [0, 1], with any B, h and w, and gives (B, 3, scale h, scale w), not clipped. To
+    enlarge uint8 RGB `pixels` (h, w, 3) with it, without this repository:
+
+        network = torch.export.load("x2.pt2").module()
+        large = network(torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255)
+        large = (large[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0)        # (scale h, scale w, 3)
     """
     if path.suffix != ".pt2":
         raise ValueError(f"{path} must end in .pt2, torch.export's own format")
+    there_is_a_folder_for(path)
     network, example, free = network.cpu(), torch.rand(2, 3, 24, 32), torch.export.Dim.AUTO
     program = torch.export.export(network, (example,), dynamic_shapes=({0: free, 2: free, 3: free},))
     buffer = io.BytesIO()                                  # by way of memory, as in `save_tensors`

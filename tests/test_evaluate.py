@@ -1,9 +1,11 @@
 """evaluate.py: MATLAB's pixels, published baselines, closed forms, and a command line that fails cleanly."""
 
+import json
 import math
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from fractions import Fraction
@@ -231,6 +233,15 @@ def test_benchmark_prints_a_table_and_saves_crops(run, tmp_path, capsys):
     assert lines[0] == "### Tiny, x2, 2 photographs" and "1280x720" in lines[2] and lines[4].startswith("| bicubic | - | - |")
     assert lines[5].startswith(f"| ours | {network.architecture.parameters():,} | ")
     assert Image.open(run / "crops_Tiny.png").size > (500, 300)
+    shutil.copytree(tmp_path / "Tiny", tmp_path / "Again")
+    evaluate.main([str(run), "--benchmark", str(tmp_path / "Again")])              # what was measured before stays
+    means = json.loads((run / "benchmark.json").read_text())
+    assert list(means) == ["Tiny", "Again"] and means["Tiny"] == means["Again"]
+    (run / "benchmark.json").write_text("[3")
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([str(run), "--benchmark", str(tmp_path)])
+    assert stop.value.code == 2 and "benchmark.json is damaged; delete it" in capsys.readouterr().err
+    (run / "benchmark.json").unlink()
 
 
 def test_mistakes_are_one_line_and_status_2(run, tmp_path, tmp_path_factory, capsys):
@@ -254,6 +265,7 @@ def test_mistakes_are_one_line_and_status_2(run, tmp_path, tmp_path_factory, cap
                           (run, "--upscale", photo, "-o", tmp_path / "x.gif"), (run, "--benchmark", tmp_path),
                           (run, "--upscale", photo, "-o", tmp_path / "none/x.png"),
                           (run, "--upscale", photo, "-o", tmp_path / "alpha.jpg"),
+                          (run, "--upscale", tmp_path, "-o", good), (run, "--export", tmp_path / "none/x.pt2"),
                           (run, "--upscale", "", "-o", good), (run, "--upscale", photo, "-o", ""), (run, "--export", ""),
                           (run, "--upscale", tmp_path / "deep.tif", "-o", good),
                           (run, "--upscale", tmp_path / "wide.png", "-o", tmp_path / "wide.jpg"),
