@@ -7,12 +7,13 @@
     python search.py --resume --out runs/x2               # go on after an interruption
     torchrun --nproc-per-node 4 search.py --scale 4 ...   # the same run, each batch split over four GPUs
 
-Weights and architecture learn together (arXiv 2101.06658, section 3.3; first-order, as in DARTS, arXiv 1806.09055): a
-batch from one half of the photographs moves the weights, a batch from the other half moves the logits (but for a short
-warm-up, in which only the weights learn: what random weights say of an architecture is noise). Meanwhile
-`progress` rises from 0 to 1 and sparsestmax turns ever more of the architecture's weights into exact zeros, whose
-branches are no longer computed. At progress 1 what is left *is* one network: it leaves the supernet with its
-weights and with Adam's memory of them, computes the same function, and the same loop goes on with all photographs.
+Two things have weights here: convolutions, and candidates (`Weights` in supernet.py, which follow from the logits). The
+convolutions' and the architecture learn together (arXiv 2101.06658, section 3.3; first-order, as in DARTS, arXiv
+1806.09055): a batch from one half of the photographs moves the convolutions, a batch from the other half moves the
+logits (but for a short warm-up, in which only convolutions learn: what random ones say of an architecture is noise).
+Meanwhile `progress` rises from 0 to 1 and sparsestmax turns ever more of the candidates' weights into exact zeros,
+whose branches are no longer computed. At progress 1 what is left *is* one network: it leaves the supernet with its
+convolutions and with Adam's memory of them, computes the same function, and the same loop goes on with all photographs.
 
     loss = L1(SR, HR)  +  COST * sum over exits of [gamma] * off^2
                        +  PRICE * sum over exits of gamma * max(0, [off])
@@ -20,14 +21,14 @@ weights and with Adam's memory of them, computes the same function, and the same
 
     off  = log(expected cost of the exit / target)  +  [progress * log(cost if we stopped now / expected cost)]
 
-What stands in brackets has no slope. The second term draws operations and widths towards a target, 90 % of the budget
-(multiply-adds or milliseconds). It asks this of *each* exit: were only their mean to meet the target, an exit far too dear
-could hide behind cheap ones. The third makes exits pay for what they exceed the target by. Without it a path with an
-upsampling wins while its cells are still rich, and then has to starve them to 1x1 convolutions (seen at x2, 12G). It asks
-nothing of exits that are still too cheap: their cells can grow. Exits that cannot come down to the target are forbidden. The
-fourth is the paper's "sorting": a deeper exit must earn its depth. Should the last choices to close have missed the
-budget, `Supernet.derive` changes those that the search was least sure of, so every run ends within its budget and uses
-at least 80 % of it.
+What stands in [brackets] is a number to the gradient (detached). The second term draws operations and widths towards a
+target, 90 % of the budget (multiply-adds or milliseconds). It asks this of *each* exit: were only their mean to meet the
+target, an exit far too dear could hide behind cheap ones. The third makes exits pay for what they exceed the target by.
+Without it a path with an upsampling wins while its cells are still rich, and then has to starve them to 1x1 convolutions
+(seen at x2, 12G). It asks nothing of exits that are still too cheap: their cells can grow. Exits that cannot come down to
+the target are forbidden. The fourth is the paper's "sorting": a deeper exit must earn its depth. Should the last choices
+to close have missed the budget, `Supernet.derive` changes those that the search was least sure of, so every run ends
+within its budget and uses at least 80 % of it.
 
 A run's folder holds settings.json (command line, versions, hardware), history.csv, distributions.npz (all weights over
 time), levels.png, architecture.png, architecture.json, network.pt, results.md and .json, and for --resume checkpoint.pt
@@ -253,7 +254,7 @@ def progress_at(step: int, search: int) -> float:
 
 
 def learning_rate_at(step: int, search: int, steps: int) -> float:
-    """Of the weights, as a part of the highest: linear warm-up over the search, then half a cosine down to 1 %.
+    """Of the convolutions, as a part of the highest: a linear rise over the search, then half a cosine down to 1 %.
 
     So the supernet learns gently, and the found network, which goes on from there, at the full rate.
     """

@@ -440,7 +440,7 @@ class Costs:
     """Parts' costs for a 1280x720 output, in one unit ("multiply-adds" or "ms").
 
     A key of the dicts is the magnification: how many times larger than the LR image the features are that a part gives.
-    operations[m][k, i, j]: the k-th operation from the i-th to the j-th width. cell[m]: a cell beside its operations.
+    operations[m][k, i, j]: the k-th operation from the i-th to the j-th width. cell[m]: what a cell takes besides its operations.
     up[m]: one upsampling. tail[m]: an exit, with the enlargement of the input. head: the first convolution.
     """
     unit: str

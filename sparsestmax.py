@@ -43,10 +43,14 @@ The ball makes (*) non-convex, but a multiplier undoes that. For any 0 <= lambda
 
     ||p - z||^2 - lambda (||p - u||^2 - r^2)  =  (1 - lambda) ||p - t z||^2 + const,   t = 1 / (1 - lambda) >= 1,
 
-because ||p - u||^2 is ||p||^2 - 1/K on the simplex. Its minimum is sparsemax(t z). If that point has radius
-exactly r, every permitted p costs at least as much, so it solves (*): with no convexity needed,
+because ||p - u||^2 is ||p||^2 - 1/K on the simplex. Its minimum is sparsemax(t z); say that this point has radius
+exactly r. For a permitted p the bracket is not negative, so ||p - z||^2 is at least the left side, which is at least
+its minimum; and there, with a bracket of 0, the left side *is* ||p - z||^2. So no permitted p costs less, and that
+point solves (*): with no convexity needed,
 
-    sparsestmax(z) = sparsemax(t z),   with the smallest t >= 1 that brings it to radius r.
+    sparsestmax(z) = sparsemax(t z),   with the smallest t >= 1 that brings it to radius r, or farther.
+
+(Farther at t = 1 only, where sparsemax is outside the ball by itself.)
 
 It is sparsemax at a temperature 1/t that each row picks for itself. And t has a formula. By Pythagoras the ball
 cuts the face of m survivors in a ball around *its* centre, whose squared radius is
@@ -55,9 +59,9 @@ cuts the face of m survivors in a ball around *its* centre, whose squared radius
 
 In words: stay in the face, keep the direction, walk radially until the distance is right. Fewer survive as t
 grows, hence the rule: sort, try every m at once, and keep the largest m whose smallest weight, 1/m + t_m q_m, is
-still positive. (A larger m than the true one cannot pass. Were its weights positive at t_m, m or more would survive
-there, and m at some t' >= t_m, with radius >= r. The true t, the smallest that reaches r, would be t' at most, and as
-the support only shrinks, m or more would survive at it.)
+still positive. (Why the largest? Suppose that an m above the true one passed. Then m or more survive at t_m, fewer at
+the true t, which therefore comes later, since the support only shrinks. On the way, when no more than m are left, the
+radius is r already, as t is t_m or more. But the true t was the smallest to reach r: a contradiction.)
 
 Digits for z = (.3, .1, -.1), K = 3, r_c = .8165:
 
@@ -146,7 +150,7 @@ def _first_of_largest(z):
     return largest * (2 - largest.cumsum(-1)).relu()
 
 
-def _allowed(z):
+def _count_allowed(z):
     """(..., K) -> (..., 1): how many entries are not -inf. In the dtype of z: 1 / integer would be float32."""
     return (z > -torch.inf).sum(-1, keepdim=True).to(z.dtype)
 
@@ -271,7 +275,7 @@ def sparsestmax(logits, progress=0.0, dim=-1):
     tensor([0.4016, 0.3410, 0.0000, 0.1590, 0.0984])
     """
     def rows(z, progress):
-        allowed = _allowed(z)
+        allowed = _count_allowed(z)
         return _Project.apply(z, allowed, progress ** 2 * (1 - 1 / allowed), torch.finfo(logits.dtype).eps)[0]
     at_the_end = not isinstance(progress, torch.Tensor) and progress == 1           # a corner: nothing to solve
     return _apply((lambda z, _: _first_of_largest(z)) if at_the_end else rows, logits, progress, dim)
@@ -293,10 +297,10 @@ def sparsestmax_released(logits, progress=0.0, dim=-1):
     tensor([0.7121, 0.2879, 0.0000])
     """
     def rows(z, progress):
-        allowed, eps = _allowed(z), torch.finfo(logits.dtype).eps
+        allowed, eps = _count_allowed(z), torch.finfo(logits.dtype).eps
         radius2 = progress ** 2 * (1 - 1 / allowed)                     # (..., 1)
         z = z.masked_fill(_Project.apply(z, allowed, 0 * radius2, eps)[0] == 0, -torch.inf)
-        allowed = _allowed(z)
+        allowed = _count_allowed(z)
         return _Project.apply(z, allowed, radius2.clamp(max=1 - 1 / allowed), eps)[0]
     return _apply(rows, logits, progress, dim)
 
@@ -315,7 +319,7 @@ def sparsemax(logits, progress=0.0, dim=-1):
     tensor([0.5500, 0.4500, 0.0000])
     """
     def rows(z, progress):
-        allowed = _allowed(z)
+        allowed = _count_allowed(z)
         return _Project.apply(z, allowed, torch.zeros_like(allowed), torch.finfo(logits.dtype).eps)[0]
     return _apply(rows, logits, progress, dim)
 

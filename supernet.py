@@ -53,7 +53,7 @@ LEAD = 2.0
 
 
 class Weights(NamedTuple):
-    """A point on every simplex; the last dimension of each sums to 1."""
+    """A point on every simplex, the candidates' weights (not the convolutions'); the last dimension of each sums to 1."""
     gamma: torch.Tensor                                        # (nodes,)
     alpha: torch.Tensor                                        # (cells, positions, operations)
     beta: torch.Tensor                                         # (cells, positions - 1, widths)
@@ -73,7 +73,7 @@ def decided(values: np.ndarray) -> bool:
 
 
 class Side(NamedTuple):
-    """One interface between two positions."""
+    """What lies between two positions of a cell, or at its end: some channels, of a width that may be uncertain."""
     mask: torch.Tensor                                         # (nf,), the staircase
     values: np.ndarray                                         # (widths,): their weights in numpy, to decide what to skip
     live: int                                                  # channels up to the widest live width
@@ -178,8 +178,8 @@ class Supernet(nn.Module):
         self.body = nn.ModuleDict({n: MixedCell(space) if n[-1] == "c" else make_up(space, n) for n in nodes})
         self.tails = nn.ModuleDict({n: Tail(nf, space.scale // magnification(space, n)) for n in nodes})
 
-        steps = torch.tensor([[float(ch < w) for ch in range(nf)] for w in space.widths])
-        self.register_buffer("steps", steps, persistent=False)                      # (widths, nf): one stair per width
+        stairs = torch.tensor([[float(ch < w) for ch in range(nf)] for w in space.widths])
+        self.register_buffer("stairs", stairs, persistent=False)                    # (widths, nf): one stair per width
         # Multiply-adds are integers far beyond float32's 24 bits, so every table of costs is float64. The cost of exit i
         # is fixed[i] + sum over cells c of on_path[i, c] * cost(c): what no choice changes, and the cells on the way.
         at = {n: magnification(space, n) for n in nodes}
@@ -228,7 +228,7 @@ class Supernet(nn.Module):
         """
         space, nodes = self.space, self.space.nodes
         beta = self.with_ends(weights.beta)                                         # (cells, positions + 1, widths)
-        masks = (beta[..., None] * self.steps).sum(-2)         # (cells, positions + 1, nf); @ would be cast by autocast
+        masks = (beta[..., None] * self.stairs).sum(-2)        # (cells, positions + 1, nf); @ would be cast by autocast
         agree = (beta[:, :-1] * beta[:, 1:]).sum(-1)                                # (cells, positions)
         gamma_v, alpha_v, beta_v = live or self.read(weights)
         needed = {exit[:i] for exit, g in zip(nodes, gamma_v) if g != 0 for i in range(1, len(exit) + 1)}
