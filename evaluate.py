@@ -128,21 +128,31 @@ def usable(name):
         raise ValueError(f"--device {name} does not work here: {str(error).splitlines()[0]}") from None
 
 
+def is_out_of_memory(error):
+    """Does this error say that memory is used up, on any device?"""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error) or "not enough memory" in str(error)
+
+
 def out_of_memory(error):
-    """One line for an error that says that memory is used up, on any device; raises every other error again."""
-    if "memory" not in f"{type(error).__name__} {error}".lower():
+    """One line for an error that says that memory is used up; raises every other error again."""
+    if not is_out_of_memory(error):
         raise error
     return f"out of memory: {' '.join(str(error).split())[:200]}"
 
 
-def write_whole(path, save):
-    """Call `save(temporary path)`, then move the file into place: `path` is written whole or not at all."""
+def write_whole(path, save, keep=None):
+    """Call `save(temporary path)`, then move the file into place: `path` is written whole or not at all.
+
+    keep: the name under which the file that was there before is kept. At any moment one of the two is whole.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.part{path.suffix}")
     try:
         save(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())                   # on the disk before it takes the name: a power cut finds one or the other
+        if keep and path.exists():
+            os.replace(path, keep)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -365,8 +375,11 @@ def photos_of(folder, scale):
     home, photos = Path(folder, "HR") if Path(folder, "HR").is_dir() else Path(folder), []
     for path in list_photos(home):
         try:
-            if min(open_photo(path).size) < 11 + 3 * scale:
+            image = open_photo(path)
+            if min(image.size) < 11 + 3 * scale:
                 raise ValueError(f"{printable(path)} is too small to be measured at x{scale}: it needs {11 + 3 * scale} pixels each way")
+            if all(low == high for low, high in image.convert("RGB").getextrema()):
+                raise ValueError(f"{printable(path)} is of one colour: enlarged without an error, its PSNR is no number")
             photos.append(path)
         except ValueError as error:
             print(f"skipped: {error}", file=sys.stderr)
@@ -429,7 +442,7 @@ def save_crops(path, photos, bicubic, ours, scale, side=96):
         titles = (photo.stem, f"bicubic, {psnr(hr, a, scale):.2f} dB", f"ours, {psnr(hr, b, scale):.2f} dB")
         for axis, image, title in zip(axes, (hr, a, b), titles):
             axis.imshow(image[top:top + edge, left:left + edge], cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-            axis.set_title(title)
+            axis.set_title(printable(title), parse_math=False)             # file names may hold anything
             axis.axis("off")
     write_whole(path, figure.savefig)
 
@@ -566,10 +579,10 @@ def run_benchmark(network, run, folders):
         print(format_table(f"{name}, x{scale}, {len(photos)} photographs", methods), flush=True)
         means[name] = {method: dict(zip(("psnr", "ssim"), np.mean([row[1:] for row in rows], axis=0)))
                        for method, _, rows in methods}
+        write_whole(report, lambda path: path.write_text(json.dumps(means, indent=1) + "\n"))
         gains = [row[1] - floor[1] for row, floor in zip(found, base)]
         best = [photos[k] for k in np.argsort(gains)[::-1][:2]]
         save_crops(Path(run) / f"crops_{name}.png", best, bicubic, ours, scale)
-    write_whole(report, lambda path: path.write_text(json.dumps(means, indent=1) + "\n"))
 
 
 def there_is_a_folder_for(output):

@@ -45,6 +45,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import signal
 import sys
@@ -62,7 +63,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from evaluate import (crop_to, degrade, format_table, list_photos, load_tensors, out_of_memory, printable, psnr, read_photo,
+from evaluate import (crop_to, degrade, format_table, is_out_of_memory, list_photos, load_tensors, out_of_memory, printable, psnr, read_photo,
                       resize, sample_photo, save_tensors, ssim, super_resolve, usable, write_whole)
 from search_space import (OPERATIONS, Architecture, Costs, Network, Space, cost_in_words, counted_costs, draw_architecture,
                           features, measured_costs, milliseconds, sum_of_parts)
@@ -87,6 +88,7 @@ BLOCK = 8                      # side, in LR pixels, of the blocks by whose deta
 SAVE_SECONDS = 60              # a killed run loses at most this much
 HALVINGS = 3                   # how often a run that diverges is tried again
 CHECKPOINTS = "checkpoint.pt", "checkpoint.before.pt"
+DAMAGED = "checkpoint.damaged.pt"
 MILLISECONDS = "milliseconds.json"                             # what each operation takes; see `costs_of`
 BEGUN = "settings.json", MILLISECONDS, ".*.part.*"             # all that a run killed before its first checkpoint leaves behind
 # torchrun starts WORLD processes and numbers them. All hold the same weights and logits; each computes its share of a batch,
@@ -273,15 +275,17 @@ def costs_of(s: argparse.Namespace, space: Space, out: Path) -> Costs:
 
     def read(path):
         try:
-            return dict(json.loads(path.read_text())) if path.exists() else {}
-        except (ValueError, TypeError) as error:
+            tables = json.loads(path.read_text()) if path.exists() else {}
+            return {key: Costs(**{name: {int(m): np.array(cost, float) for m, cost in part.items()} if isinstance(part, dict) else part
+                                  for name, part in parts.items()}) for key, parts in tables.items()}
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is damaged; delete it to measure again") from error
     device = torch.device(s.device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     key = f"{space} on {platform.machine()}, {where}, torch {torch.__version__}"
     shared = out.parent / MILLISECONDS
-    parts = read(out / MILLISECONDS).get(str(space))
-    if parts is None:
+    costs = read(out / MILLISECONDS).get(str(space))
+    if costs is None:
         tables = read(shared)
         if key in tables:
             print(f"milliseconds as measured before, from {shared}; delete it to measure again")
@@ -289,16 +293,15 @@ def costs_of(s: argparse.Namespace, space: Space, out: Path) -> Costs:
             raise ValueError("processes would disturb one another: begin this run in one process "
                              f"(with OMP_NUM_THREADS={torch.get_num_threads()}), which leaves {shared}")
         else:
-            tables[key] = asdict(measured_costs(space, device))
+            tables[key] = measured_costs(space, device)
             shared.parent.mkdir(parents=True, exist_ok=True)
             write_tables(shared, tables)
-        parts = tables[key]
-    return Costs(**{name: {int(m): np.array(cost) for m, cost in part.items()} if isinstance(part, dict) else part
-                    for name, part in parts.items()})
+        costs = tables[key]
+    return costs
 
 
-def write_tables(path: Path, tables: dict[str, dict]):
-    text = json.dumps(tables, default=np.ndarray.tolist) + "\n"
+def write_tables(path: Path, tables: dict[str, Costs]):
+    text = json.dumps({key: asdict(costs) for key, costs in tables.items()}, default=np.ndarray.tolist) + "\n"
     write_whole(path, lambda path: path.write_text(text))
 
 
@@ -426,6 +429,8 @@ class Run:
     def hand_over(self):
         """The supernet has melted: the one network left walks out, with its weights and with Adam's memory of them."""
         s, net = self.settings, self.supernet
+        if self.recent:
+            self.settle()                                              # nobody decides by logits that are no numbers
         with torch.no_grad():
             weights = net.weights(1.0)
         architecture = net.derive(weights, (LEAST * s.budget, s.budget), self.sum)
@@ -472,7 +477,7 @@ class Run:
                     weights, cost = self.search_step(progress)
                     self.sum = weights if self.sum is None else Weights(*map(torch.add, self.sum, weights))
                     if self.step % every_snapshot == 0:
-                        self.snapshots.append((self.step, Weights(*(w.cpu() for w in weights))))
+                        self.snapshots.append((self.step, weights))
                 else:
                     self.training_step()
                 # 3. Keep books. Losses leave the device only when they are shown or saved.
@@ -528,12 +533,7 @@ class Run:
         else:
             state |= dict(supernet=self.supernet.state_dict(), logits_optimiser=self.logits_optimiser.state_dict())
         newest, before = (self.out / name for name in CHECKPOINTS)
-
-        def replace(path):
-            save_tensors(state, path)
-            if newest.exists():
-                os.replace(newest, before)             # killed right here, the run goes on from the one before
-        write_whole(newest, replace)
+        write_whole(newest, partial(save_tensors, state), keep=before)
 
     def load(self, path: Path):
         """Go on from the checkpoint `path`; whatever is wrong with it is an exception, and leaves this Run unusable."""
@@ -541,7 +541,7 @@ class Run:
         for name in self.PLAIN:
             setattr(self, name, state[name])
         self.sum = state["sum"] and Weights(*state["sum"])
-        self.snapshots = [(step, Weights(*(w.cpu() for w in weights))) for step, weights in state["snapshots"]]
+        self.snapshots = [(step, Weights(*weights)) for step, weights in state["snapshots"]]
         if "network" in state:
             architecture = Architecture.from_json(state["architecture"])
             if architecture.parameters() > sum(p.numel() for p in self.supernet.parameters()):
@@ -564,7 +564,7 @@ class Run:
         """Write everything of the run's folder but the settings and the checkpoints, and print the table."""
         out, architecture = self.out, self.network.architecture
         steps, weights = zip(*self.snapshots)
-        over_time = {name: torch.stack(each).numpy() for name, each in zip(Weights._fields, zip(*weights))}   # (T, ...)
+        over_time = {name: torch.stack(each).cpu().numpy() for name, each in zip(Weights._fields, zip(*weights))}   # (T, ...)
         write_whole(out / "distributions.npz", partial(np.savez_compressed, steps=np.array(steps), **over_time))
         write_whole(out / "levels.png", draw_levels(self.space, architecture.path, steps, Weights(**over_time)).savefig)
         write_whole(out / "architecture.png", draw_architecture(architecture).savefig)
@@ -604,16 +604,13 @@ class Run:
 
 def budget(text: str) -> tuple[float, str]:
     """"18G", "750M", "1.8e10" -> multiply-adds; "80ms" -> milliseconds. A positive number and its unit."""
-    units = {"ms": (1.0, "ms"), "g": (1e9, "multiply-adds"), "m": (1e6, "multiply-adds"), "": (1.0, "multiply-adds")}
-    for suffix, (factor, unit) in units.items():
-        if text.lower().endswith(suffix):
-            try:
-                value = factor * float(text[:len(text) - len(suffix)])
-            except ValueError:
-                break
-            if 0 < value < float("inf"):
-                return value, unit
-            break
+    number, suffix = re.fullmatch("(.*?)(ms|g|m|)", text.lower(), re.DOTALL).groups()
+    try:
+        value = {"g": 1e9, "m": 1e6}.get(suffix, 1.0) * float(number)
+    except ValueError:
+        value = 0.0
+    if 0 < value < math.inf:
+        return value, "ms" if suffix == "ms" else "multiply-adds"
     raise argparse.ArgumentTypeError(f"{text!r} is not a budget: multiply-adds like 18G or 750M, or milliseconds like 80ms")
 
 
@@ -666,6 +663,21 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
+def resumable(out: Path) -> bool:
+    """Is there a run to resume?"""
+    return any(os.path.isfile(out / name) for name in CHECKPOINTS)     # (Path.is_file may raise where a name is too long)
+
+
+def left_by_a_run(file: Path) -> bool:
+    """Did a run leave this that was killed before its first checkpoint? Then another may be begun in its place."""
+    if file.name == "settings.json":
+        try:
+            saved_settings(file)
+        except ValueError:                                             # somebody else's, of the same name
+            return False
+    return any(file.match(name) for name in BEGUN)
+
+
 def settings_of(args: argparse.Namespace) -> tuple[argparse.Namespace, Path]:
     """Command line -> complete settings and the run's folder; ValueError where they contradict each other or it."""
     given = {name: value for name, value in vars(args).items() if value is not None and name not in ("out", "resume")}
@@ -673,7 +685,7 @@ def settings_of(args: argparse.Namespace) -> tuple[argparse.Namespace, Path]:
         given["budget"], given["unit"] = given["budget"]
     out = args.out
     if args.resume:
-        if not any((out / name).is_file() for name in CHECKPOINTS):
+        if not resumable(out):
             raise ValueError(f"{out} holds no run to resume (no {CHECKPOINTS[0]}); start one without --resume")
         saved = saved_settings(out / "settings.json")
         if saved["activation"] not in ACTIVATIONS and "activation" not in given:
@@ -685,7 +697,7 @@ def settings_of(args: argparse.Namespace) -> tuple[argparse.Namespace, Path]:
         return argparse.Namespace(**saved), out
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: choose another --out")
-    if out.exists() and not all(any(file.match(name) for name in BEGUN) for file in out.iterdir()):
+    if out.exists() and not all(map(left_by_a_run, out.iterdir())):
         raise ValueError(f"{out} is not empty: go on with --resume, choose another --out, or delete it")
     device = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     preset = given.get("preset") or ("full" if device.startswith("cuda") else "lesson")
@@ -693,8 +705,6 @@ def settings_of(args: argparse.Namespace) -> tuple[argparse.Namespace, Path]:
     settings |= PRESETS[preset] | given
     if isinstance(settings["budget"], dict):
         settings["budget"] = settings["budget"][settings["scale"]]
-    if settings["batch"] % WORLD:
-        raise ValueError(f"--batch {settings['batch']} cannot be split evenly over {WORLD} processes")
     if settings["batch"] * (settings["patch"] * settings["scale"]) ** 2 > 2 ** 28:
         raise ValueError(f"--batch {settings['batch']} with --patch {settings['patch']}: so many pixels fit no memory")
     if settings["search"] >= settings["steps"]:
@@ -718,7 +728,7 @@ def saved_settings(path: Path) -> dict:
         if read != saved:
             raise ValueError("settings are missing, too many, or contradict one another")
         return read
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is missing or damaged: {error}") from error
 
 
@@ -731,14 +741,20 @@ def describe(settings: argparse.Namespace) -> dict:
 
 
 def resumed(run: Run) -> Run:
-    """The same run as its newest sound checkpoint has it."""
+    """The same run as its newest sound checkpoint has it. `run` itself is emptied: memory need not hold both."""
+    run.supernet = run.network = run.optimiser = run.logits_optimiser = None
     for name in CHECKPOINTS:
         earlier = Run(run.settings, run.out)
         earlier.data = run.data
         try:
             earlier.load(run.out / name)
+            newest = run.out / CHECKPOINTS[0]
+            if RANK == 0 and name != newest.name and newest.exists():
+                os.replace(newest, run.out / DAMAGED)                  # or the next save would keep it in place of this one
             return earlier
         except Exception as error:                                     # zip reader, unpickler, torch: each has its own
+            if is_out_of_memory(error) or isinstance(error, PermissionError):      # which says nothing against the file
+                raise
             if RANK == 0:
                 print(f"{run.out / name} is missing or damaged: {str(error).splitlines()[0]}", file=sys.stderr)
     raise ValueError(f"no checkpoint in {run.out} can be read; start again in another --out")
@@ -747,6 +763,8 @@ def resumed(run: Run) -> Run:
 def whole_run(args: argparse.Namespace):
     """The whole run, from the command line to the table of results."""
     settings, out = settings_of(args)
+    if settings.batch % WORLD:
+        raise ValueError(f"--batch {settings.batch} cannot be split evenly over {WORLD} processes")
     if WORLD > 1:
         torch.distributed.init_process_group()
     usable(f"cuda:{os.environ['LOCAL_RANK']}" if WORLD > 1 and settings.device == "cuda" else settings.device)
@@ -761,7 +779,7 @@ def whole_run(args: argparse.Namespace):
         text = json.dumps(describe(settings), indent=1) + "\n"
         write_whole(out / "settings.json", lambda path: path.write_text(text))
         if settings.unit == "ms":
-            write_tables(out / MILLISECONDS, {str(run.space): asdict(run.costs)})
+            write_tables(out / MILLISECONDS, {str(run.space): run.costs})
         run.save()                                                     # from here on there is something to resume
     while True:
         try:
@@ -796,12 +814,11 @@ def main(argv=None):
     try:
         whole_run(args)
     except KeyboardInterrupt as stopped:
-        saved = (out / CHECKPOINTS[0]).exists()
         if RANK == 0:
-            print("interrupted; " + (way_on if saved else "nothing was begun"), file=sys.stderr)
+            print("interrupted; " + (way_on if resumable(out) else "nothing was begun"), file=sys.stderr)
         sys.exit(128 + stopped.args[0])
     except OSError as error:                                           # a full disk, a vanished folder
-        kept = f"; what is in {out} is whole, {way_on}" if any((out / name).exists() for name in CHECKPOINTS) else ""
+        kept = f"; what is in {out} is whole, {way_on}" if resumable(out) else ""
         parser.exit(2, f"search.py: error: {error}{kept}\n")
     except ValueError as error:
         parser.exit(2, f"search.py: error: {error}\n")

@@ -178,7 +178,7 @@ class Supernet(nn.Module):
         self.body = nn.ModuleDict({n: MixedCell(space) if n[-1] == "c" else make_up(space, n) for n in nodes})
         self.tails = nn.ModuleDict({n: Tail(nf, space.scale // magnification(space, n)) for n in nodes})
 
-        stairs = torch.tensor([[float(ch < w) for ch in range(nf)] for w in space.widths])
+        stairs = (torch.arange(nf) < torch.tensor(space.widths)[:, None]).float()
         self.register_buffer("stairs", stairs, persistent=False)                    # (widths, nf): one stair per width
         # Multiply-adds are integers far beyond float32's 24 bits, so every table of costs is float64. The cost of exit i
         # is fixed[i] + sum over cells c of on_path[i, c] * cost(c): what no choice changes, and the cells on the way.

@@ -237,6 +237,13 @@ def test_benchmark_prints_a_table_and_saves_crops(run, tmp_path, capsys):
     evaluate.main([str(run), "--benchmark", str(tmp_path / "Again")])              # what was measured before stays
     means = json.loads((run / "benchmark.json").read_text())
     assert list(means) == ["Tiny", "Again"] and means["Tiny"] == means["Again"]
+    for name in "$_$.png", "x\udcff.png":                                           # titles of crops
+        Image.fromarray(picture(60, 50, 3)).save(tmp_path / "Again/HR" / name)
+    Image.new("RGB", (50, 60), "red").save(tmp_path / "Again/HR/red.png")
+    evaluate.main([str(run), "--benchmark", str(tmp_path / "Again")])
+    out, error = capsys.readouterr()
+    assert "### Again, x2, 4 photographs" in out and "red.png is of one colour" in error
+    assert all(math.isfinite(score["psnr"]) for score in json.loads((run / "benchmark.json").read_text())["Again"].values())
     (run / "benchmark.json").write_text("[3")
     with pytest.raises(SystemExit) as stop:
         evaluate.main([str(run), "--benchmark", str(tmp_path)])

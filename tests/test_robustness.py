@@ -95,24 +95,37 @@ def test_twenty_kills_change_no_bit(tmp_path, photos):
 def test_a_run_killed_before_its_first_checkpoint_is_begun_anew(tmp_path, photos):
     straight, out = run(tmp_path / "straight", "--data", photos, "--budget", "2G"), tmp_path / "killed"
     out.mkdir()
-    for name in "settings.json", ".settings.part.json", ".checkpoint.part.pt":
+    for name in ".settings.part.json", ".checkpoint.part.pt":
         (out / name).write_text("half of")
+    (out / "settings.json").write_text((straight / "settings.json").read_text())
     assert "no run to resume" in refused(search.main, "--resume", "--out", out)
     same_results(straight, run(out, "--data", photos, "--budget", "2G"))
 
 
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, photos, capsys):
+def test_settings_of_somebody_else_are_not_written_over(tmp_path, photos):
+    (tmp_path / "settings.json").write_text('{"mine": "years of work"}')
+    assert "is not empty" in refused(search.main, *TINY, "--data", photos, "--budget", "2G", "--out", tmp_path)
+    assert "years of work" in (tmp_path / "settings.json").read_text()
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, photos, capsys, monkeypatch):
     straight, out = (run(tmp_path / name, "--data", photos, "--budget", "2G") for name in "ab")
     newest, before = (out / name for name in search.CHECKPOINTS)
     whole = newest.read_bytes()
     for damage in whole[:-1000], whole[:100], b"", whole[:5000] + bytes(5000) + whole[10000:]:
         newest.write_bytes(damage)
         keep = before.read_bytes()
+        with monkeypatch.context() as patch:                   # the disk is full at the next save: the sound one is still there
+            patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            assert "No space left" in refused(search.main, "--resume", "--out", out)
+        assert before.read_bytes() == keep and (out / search.DAMAGED).read_bytes() == damage
+        newest.write_bytes(damage)
         capsys.readouterr()
         search.main(["--resume", "--out", str(out)])
         assert "checkpoint.pt is missing or damaged" in capsys.readouterr().err
         same_results(straight, out)
-        before.write_bytes(keep)                               # (saved over by the run that went on)
+        assert before.read_bytes() == keep
+    (out / search.DAMAGED).unlink()
     newest.unlink()                                            # killed between two renames
     search.main(["--resume", "--out", str(out)])
     same_results(straight, out)
@@ -212,6 +225,29 @@ def test_a_signal_beside_a_bad_loss_is_heeded(tmp_path, photos, monkeypatch, cap
     assert stop.value.code == 143 and "go on with" in capsys.readouterr().err
     assert torch.load(tmp_path / "a" / "checkpoint.pt", weights_only=True)["step"] < at
     assert not (tmp_path / "a" / "network.pt").exists()
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), PermissionError(13, "Permission denied")])
+def test_what_says_nothing_against_a_checkpoint_leaves_it(tmp_path, photos, monkeypatch, error):
+    out = run(tmp_path / "a", "--data", photos, "--budget", "2G")
+
+    def fail(*args):
+        raise error
+    monkeypatch.setattr(search, "load_tensors", fail)
+    files = {path: path.read_bytes() for path in out.iterdir()}
+    assert "damaged" not in refused(search.main, "--resume", "--out", out)
+    assert files == {path: path.read_bytes() for path in out.iterdir()}
+
+
+def test_only_memory_is_out_of_memory():
+    for text in "CUDA error: an illegal memory access was encountered", "unsupported memory format option Preserve":
+        with pytest.raises(RuntimeError, match=text):
+            evaluate.out_of_memory(RuntimeError(text))
+
+
+def test_a_name_that_is_too_long_is_one_line(tmp_path):
+    for more in [], ["--resume"]:
+        refused(search.main, *more, "--out", tmp_path / ("a" * 300))
 
 
 def test_memory_that_does_not_suffice_is_one_line(tmp_path, photos, finished, monkeypatch):
@@ -457,7 +493,7 @@ def test_checkpoints_and_settings_of_other_people(finished, tmp_path):
     (mine / "evil.py").write_text(f"open({str(tmp_path / 'was-here')!r}, 'w')")
     (mine / "settings.json").write_text(json.dumps(dict(settings=whole["settings"] | dict(activation=f"{mine}/evil.py:f"))))
     assert "add --activation" in refused(search.main, "--resume", "--out", mine) and not (tmp_path / "was-here").exists()
-    for text in "", "{}", "[]", '{"settings": 3}', '{"settings": {}}':
+    for text in "", "{}", "[]", '{"settings": 3}', '{"settings": {}}', "[" * 10 ** 5:
         (mine / "settings.json").write_text(text)
         assert "settings.json is missing or damaged" in refused(search.main, "--resume", "--out", mine)
 

@@ -125,15 +125,15 @@ def test_a_budget_in_milliseconds(tmp_path, photos, monkeypatch, capsys):
     search.main(["--resume", "--out", str(b)])
     torch.set_num_threads(threads)
     assert len(calls) == 1
-    for text in "rubbish", "[1]", '{"a": 1}':
+    for text in "rubbish", "[1]", '{"a": 1}', '{"a": {"unit": "ms"}}', "[" * 10 ** 5:
         (tmp_path / "milliseconds.json").write_text(text)
-        if text == '{"a": 1}':
-            run(tmp_path / "c", "--data", photos, "--budget", "160ms")         # of another machine: measured anew, both kept
-            assert set(json.loads((tmp_path / "milliseconds.json").read_text())) > {"a"}
-        else:
-            with pytest.raises(SystemExit):
-                run(tmp_path / "c", "--data", photos, "--budget", "160ms")
-            assert "milliseconds.json is damaged" in capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            run(tmp_path / "c", "--data", photos, "--budget", "160ms")
+        assert "milliseconds.json is damaged" in capsys.readouterr().err
+    table, = json.loads((b / "milliseconds.json").read_text()).values()
+    (tmp_path / "milliseconds.json").write_text(json.dumps({"another machine": table}))
+    run(tmp_path / "c", "--data", photos, "--budget", "160ms")                 # measured anew, both kept
+    assert set(json.loads((tmp_path / "milliseconds.json").read_text())) > {"another machine"}
 
 
 class Killed(BaseException):
@@ -231,6 +231,31 @@ def test_exits_pay_for_what_exceeds_the_target_and_cells_move_towards_it(photos,
     assert dear.any() and (~dear).any() and gamma[dear].max() < gamma[~dear].min()
     miss = [gamma.double() @ (costs / made.target).log() ** 2 for costs in (before, after)]    # shared cells: not each exit's
     assert miss[1] < miss[0]
+
+
+def test_what_is_added_to_the_loss_by_hand(photos, tmp_path):
+    made = make_run(photos, tmp_path)
+    net, seen, progress = made.supernet, {}, 0.3
+    net.allowed = torch.arange(len(net.space.nodes))
+    with torch.no_grad():
+        net.gamma += torch.linspace(0, 0.2, len(net.gamma))    # deeper exits weigh more: something for the order to say
+    made.loss, made.descend = lambda *args: torch.zeros(()), lambda what, optimiser, loss: seen.update({what: loss.item()})
+    weights, cost = made.search_step(progress)
+    gamma, costs = weights.gamma.numpy(), net.exit_costs(weights).detach().numpy()
+    off = np.log(costs / made.target) + progress * np.log(net.cost(net.weights(1.0)).item() / cost.item())
+    nodes = net.space.nodes
+    hinge = sum(max(0, gamma[nodes.index(n)] - gamma[nodes.index(n[:-1])]) for n in nodes if len(n) > 1)
+    terms = search.COST * gamma @ off ** 2, search.PRICE * gamma @ np.maximum(off, 0), search.ORDER * hinge
+    assert seen["logits"] == pytest.approx(sum(terms), rel=1e-4) and min(terms) > 1e-3 * sum(terms)
+
+
+def test_logits_that_are_no_numbers_decide_nothing(photos, tmp_path):
+    made = make_run(photos, tmp_path)
+    made.search_step(0.0)
+    with torch.no_grad():
+        made.supernet.beta[0, 0, 0] = torch.nan                # a finite loss may still have a slope that is none
+    with pytest.raises(FloatingPointError, match="the supernet's beta is not finite"):
+        made.hand_over()
 
 
 def test_halves_are_disjoint_and_complete(photos, tmp_path):
@@ -433,11 +458,14 @@ def test_two_processes_go_back_to_one_step(tmp_path, photos):
     assert taken[0] == taken[1] and taken[0].count("12\n") == 2 and taken[0].endswith("20\n")
 
 
-def test_a_batch_that_cannot_be_split_is_refused(tmp_path, photos, monkeypatch):
+def test_a_batch_that_cannot_be_split_is_refused(tmp_path, photos, monkeypatch, capsys):
+    options = ["--data", str(photos), "--budget", "2G", "--batch", "4", "--out", str(tmp_path / "r")]
+    search.main([*TINY, *options])
     monkeypatch.setattr(search, "WORLD", 3)
-    args = search.arguments().parse_args([*TINY, "--batch", "4", "--out", str(tmp_path / "r")])
-    with pytest.raises(ValueError, match="--batch 4 cannot be split evenly over 3"):
-        search.settings_of(args)
+    for arguments in [*TINY, *options[:-1], str(tmp_path / "s")], ["--resume", *options[-2:]]:
+        with pytest.raises(SystemExit) as stop:
+            search.main(arguments)
+        assert stop.value.code == 2 and "--batch 4 cannot be split evenly over 3" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
