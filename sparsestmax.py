@@ -403,7 +403,8 @@ def get_activation(name):
     activation = getattr(module, function, None)
     if not callable(activation):
         raise ValueError(f"{file} has no function {function}")
-    for z in torch.tensor([[.3, .1, -.1], [0., 0., 0.], [9., -9., 0.]]), torch.zeros(2, 4, 5), torch.linspace(-2, 2, 55):
+    for z in (torch.tensor([[.3, .1, -.1], [0., 0., 0.], [9., -9., 0.]]), torch.zeros(2, 4, 5), torch.linspace(-2, 2, 55),
+              torch.tensor([[.1, 0.]]), torch.zeros(2, 1)):             # a budget may leave one exit, and few channels two widths
         for progress in (0.0, 0.5, 1.0):
             try:
                 p = activation(z, progress)

@@ -141,7 +141,7 @@ def main():
     benchmark, seeds, workers, out = args.benchmark, range(args.seeds), args.workers, args.out
     for name in ("benchmark", "seeds", "workers"):
         delattr(args, name)
-    args.out = Path("unused")
+    args.out, args.device = Path("unused"), "cpu"              # workers are forks of this process, which CUDA does not allow
     settings, _ = search.settings_of(args)
     torch.set_num_threads(1)
     CACHE["data"], CACHE["sets"] = search.load_data(settings), [each for folder in benchmark for each in sets_in(folder)]

@@ -76,6 +76,7 @@ def case(seed: int, folder: Path):
         net.load_state_dict({key: value.clone() for key, value in net.state_dict().items()})
         save_tensors(net.state_dict(), folder / "supernet.pt")
         again = Supernet(space, ACTIVATIONS[name])
+        again.allowed = net.allowed                            # as long as the one that is loaded
         again.load_state_dict(load_tensors(folder / "supernet.pt"))
         assert all(torch.equal(p, q) for p, q in zip(net.parameters(), again.parameters()))
     other = space.random(rng)                                  # and any other network of the space

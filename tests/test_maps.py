@@ -61,6 +61,7 @@ def test_a_map_from_a_file(tmp_path):
     (None, "there is no file"), ("def g(z, progress): return z", "has no function f"), ("f = 3", "has no function f"),
     ("import nothing_like_this", "ModuleNotFoundError"), ("def f(:", "SyntaxError"),
     ("def f(z): return z.softmax(-1)", r"fails as f\(logits of shape \(3, 3\), 0.0\): TypeError"),
+    ("def f(z, progress): return z.softmax(-1) + 0 * z.topk(2).values.sum(-1, True)", r"fails as f\(logits of shape \(2, 1\)"),
     ("def f(z, progress): raise NotImplementedError('task 3')", "not solved yet: task 3"),
     ("def f(z, progress): return 1", "no tensor but a int"), ("def f(z, progress): return z.sum(-1)", r"shape \(3,\)"),
     ("def f(z, progress): return z.softmax(-1).double()", "float64"),

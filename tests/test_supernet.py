@@ -5,8 +5,11 @@ import random
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+import supernet
 from benchmark import lean
+from properties import case
 from search_space import OPERATIONS, Network, Space
 from sparsestmax import ACTIVATIONS
 from supernet import MixedCell, Side, Supernet, Weights
@@ -55,12 +58,20 @@ def test_zeros_are_skipped_indeed():
     called = []
     for name, module in net.body.named_children():
         module.register_forward_hook(lambda *_, name=name: called.append(name))
-    net(torch.rand(1, 3, 4, 4), net.weights(1.0))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():           # it counts a multiply-add as two
+        net(torch.rand(1, 3, 4, 4), net.weights(1.0))
+    assert counter.get_total_flops() == 2 * architecture.multiply_adds(16)
     assert called == [architecture.path[:i + 1] for i in range(len(architecture.path))]
     weights = net.weights(1.0)
     net(torch.rand(1, 3, 4, 4), weights).sum().backward()
     touched = [name for name, p in net.named_parameters() if ".ops." in name and p.grad is not None and p.grad.any()]
     assert {name.split(".")[4] for name in touched} == set(sum(architecture.operations, ()))   # body.NODE.ops.0.NAME
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_properties(seed, tmp_path):
+    """A few of the random cases that tests/properties.py tries for as long as one likes."""
+    case(seed, tmp_path)
 
 
 def test_gumbel_zeros_carry_gradient():
@@ -71,9 +82,11 @@ def test_gumbel_zeros_carry_gradient():
     assert dead.any() and (net.gamma.grad[dead] != 0).all()
 
 
-def test_recomputing_changes_nothing():
-    space = Space(4, 16, 2, 2)
-    (y, grads), (z, regrads) = (outcome(make(space, recompute=r), 0.3, False) for r in (False, True))
+def test_recomputing_changes_nothing(monkeypatch):
+    space, again, checkpoint = Space(4, 16, 2, 2), [], supernet.checkpoint
+    monkeypatch.setattr(supernet, "checkpoint", lambda cell, *rest, **options: again.append(cell) or checkpoint(cell, *rest, **options))
+    (y, grads), (z, regrads) = (outcome(make(space, spread=0.1, recompute=r), 0.3, False) for r in (False, True))
+    assert len(again) == len(set(again)) > 1                   # cells, and each once
     assert torch.equal(y, z) and all(torch.equal(grads[name], regrads[name]) for name in grads)
 
 
