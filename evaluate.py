@@ -674,6 +674,8 @@ def main(argv=None):
         parser.error("--upscale PHOTO and -o FILE go together")
     if (args.run is None) != bool(args.compare):
         parser.error("name one RUN" if args.run is None else "the runs to compare stand behind --compare")
+    if args.device != "cpu" and (args.compare or args.export is not None):
+        parser.error("--device is for --benchmark, --upscale and --time")
     try:
         if args.compare:
             return compare(args.compare, Path(args.output or "comparison.png"))

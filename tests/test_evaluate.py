@@ -278,7 +278,8 @@ def test_mistakes_are_one_line_and_status_2(run, tmp_path, tmp_path_factory, cap
                           (run, "--upscale", tmp_path / "wide.png", "-o", tmp_path / "wide.jpg"),
                           (run, "--benchmark", sets / "a/Set", sets / "b/Set"),
                           (run, "--benchmark", sets / "c/Set/HR", sets / "d/Set/HR"),
-                          (run, "--upscale", photo, "-o", good, "--device", "toaster"), (run, "--time", "--device", "meta")):
+                          (run, "--upscale", photo, "-o", good, "--device", "toaster"), (run, "--time", "--device", "meta"),
+                          (run, "--export", tmp_path / "x.pt2", "--device", "cuda")):
         with pytest.raises(SystemExit) as stop:
             evaluate.main([str(folder), *map(str, rest)])
         message = capsys.readouterr().err
