@@ -140,6 +140,12 @@ def out_of_memory(error):
     return f"out of memory: {' '.join(str(error).split())[:200]}"
 
 
+def check_folder_of(output):
+    """ValueError if there is no folder to write `output` into: better before the work than after it."""
+    if not output.parent.is_dir():
+        raise ValueError(f"there is no folder {output.parent} to write into: make it first")
+
+
 def write_whole(path, save, keep=None):
     """Call `save(temporary path)`, then move the file into place: `path` is written whole or not at all.
 
@@ -506,7 +512,7 @@ def read_report(run):
 
 def compare(runs, picture):
     """A table with a row for each activation (mean and standard deviation over its seeds), and a figure."""
-    there_is_a_folder_for(picture)
+    check_folder_of(picture)
     groups = {}
     for run in runs:
         report = read_report(run)
@@ -585,11 +591,6 @@ def run_benchmark(network, run, folders):
         save_crops(Path(run) / f"crops_{name}.png", best, bicubic, ours, scale)
 
 
-def there_is_a_folder_for(output):
-    if not output.parent.is_dir():
-        raise ValueError(f"there is no folder {output.parent} to write into: make it first")
-
-
 def run_upscale(network, photo, output):
     """Enlarge a picture file: grey stays grey, alpha is kept (bicubic). What forbids it is found before the work."""
     output, suffix = Path(output), Path(output).suffix.lower()
@@ -598,7 +599,7 @@ def run_upscale(network, photo, output):
     image, scale = open_photo(photo), network.architecture.scale
     if suffix not in OUTPUTS:
         raise ValueError(f"{output} must end in one of {' '.join(OUTPUTS)}")
-    there_is_a_folder_for(output)
+    check_folder_of(output)
     if output.is_dir() or output.exists() and os.path.samefile(photo, output):
         raise ValueError(f"{output} is {'a folder' if output.is_dir() else 'the input itself'}: choose another name")
     if image.mode.endswith("A") and suffix in (".jpg", ".jpeg"):
@@ -639,7 +640,7 @@ def run_export(network, path):
     """
     if path.suffix != ".pt2":
         raise ValueError(f"{path} must end in .pt2, torch.export's own format")
-    there_is_a_folder_for(path)
+    check_folder_of(path)
     network, example, free = network.cpu(), torch.rand(2, 3, 24, 32), torch.export.Dim.AUTO
     program = torch.export.export(network, (example,), dynamic_shapes=({0: free, 2: free, 3: free},))
     buffer = io.BytesIO()                                  # by way of memory, as in `save_tensors`

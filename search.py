@@ -7,13 +7,13 @@
     python search.py --resume --out runs/x2               # go on after an interruption
     torchrun --nproc-per-node 4 search.py --scale 4 ...   # the same run, each batch split over four GPUs
 
-Two things have weights here: convolutions, and candidates (`Weights` in supernet.py, which follow from the logits). The
-convolutions' and the architecture learn together (arXiv 2101.06658, section 3.3; first-order, as in DARTS, arXiv
-1806.09055): a batch from one half of the photographs moves the convolutions, a batch from the other half moves the
-logits (but for a short warm-up, in which only convolutions learn: what random ones say of an architecture is noise).
-Meanwhile `progress` rises from 0 to 1 and sparsestmax turns ever more of the candidates' weights into exact zeros,
-whose branches are no longer computed. At progress 1 what is left *is* one network: it leaves the supernet with its
-convolutions and with Adam's memory of them, computes the same function, and the same loop goes on with all photographs.
+Two things have weights: the convolutions, and the candidates (`Weights` in supernet.py, which follow from the logits).
+Both are learned together (arXiv 2101.06658, section 3.3; first-order, as in DARTS, arXiv 1806.09055): a batch from one
+half of the photographs moves the convolutions, a batch from the other half moves the logits (but for a short warm-up,
+in which only convolutions learn: what random ones say of an architecture is noise). Meanwhile `progress` rises from 0
+to 1 and sparsestmax turns ever more of the candidates' weights into exact zeros, whose branches are no longer computed.
+At progress 1 what is left *is* one network: it leaves the supernet with its convolutions and with Adam's memory of
+them, computes the same function, and the same loop goes on with all photographs.
 
     loss = L1(SR, HR)  +  COST * sum over exits of [gamma] * off^2
                        +  PRICE * sum over exits of gamma * max(0, [off])
@@ -21,14 +21,14 @@ convolutions and with Adam's memory of them, computes the same function, and the
 
     off  = log(expected cost of the exit / target)  +  [progress * log(cost if we stopped now / expected cost)]
 
-What stands in [brackets] is a number to the gradient (detached). The second term draws operations and widths towards a
-target, 90 % of the budget (multiply-adds or milliseconds). It asks this of *each* exit: were only their mean to meet the
-target, an exit far too dear could hide behind cheap ones. The third makes exits pay for what they exceed the target by.
-Without it a path with an upsampling wins while its cells are still rich, and then has to starve them to 1x1 convolutions
-(seen at x2, 12G). It asks nothing of exits that are still too cheap: their cells can grow. Exits that cannot come down to
-the target are forbidden. The fourth is the paper's "sorting": a deeper exit must earn its depth. Should the last choices
-to close have missed the budget, `Supernet.derive` changes those that the search was least sure of, so every run ends
-within its budget and uses at least 80 % of it.
+What stands in [brackets] is detached: to the gradient it is a constant. The second term draws operations and widths
+towards a target, 90 % of the budget (multiply-adds or milliseconds). It asks this of *each* exit: were only their mean to
+meet the target, an exit far too dear could hide behind cheap ones. The third makes exits pay for what they exceed the
+target by. Without it a path with an upsampling wins while its cells are still rich, and then has to starve them to 1x1
+convolutions (seen at x2, 12G). It asks nothing of exits that are still too cheap: their cells can grow. Exits that cannot
+come down to the target are forbidden. The fourth is the paper's "sorting": a deeper exit must earn its depth. Should the
+last choices to close have missed the budget, `Supernet.derive` changes those that the search was least sure of, so every
+run ends within its budget and uses at least 80 % of it.
 
 A run's folder holds settings.json (command line, versions, hardware), history.csv, distributions.npz (all weights over
 time), levels.png, architecture.png, architecture.json, network.pt, results.md and .json, and for --resume checkpoint.pt
@@ -63,8 +63,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from evaluate import (crop_to, degrade, format_table, is_out_of_memory, list_photos, load_tensors, out_of_memory, printable, psnr, read_photo,
-                      resize, sample_photo, save_tensors, ssim, super_resolve, usable, write_whole)
+from evaluate import (crop_to, degrade, format_table, is_out_of_memory, list_photos, load_tensors, out_of_memory, printable, psnr,
+                      read_photo, resize, sample_photo, save_tensors, ssim, super_resolve, usable, write_whole)
 from search_space import (OPERATIONS, Architecture, Costs, Network, Space, cost_in_words, counted_costs, draw_architecture,
                           features, measured_costs, milliseconds, sum_of_parts)
 from sparsestmax import ACTIVATIONS, get_activation
@@ -88,7 +88,7 @@ BLOCK = 8                      # side, in LR pixels, of the blocks by whose deta
 SAVE_SECONDS = 60              # a killed run loses at most this much
 HALVINGS = 3                   # how often a run that diverges is tried again
 CHECKPOINTS = "checkpoint.pt", "checkpoint.before.pt"
-DAMAGED = "checkpoint.damaged.pt"
+DAMAGED = "checkpoint.damaged.pt"                              # put aside, should a run go on from the second of them
 MILLISECONDS = "milliseconds.json"                             # what each operation takes; see `costs_of`
 BEGUN = "settings.json", MILLISECONDS, ".*.part.*"             # all that a run killed before its first checkpoint leaves behind
 # torchrun starts WORLD processes and numbers them. All hold the same weights and logits; each computes its share of a batch,
