@@ -179,7 +179,10 @@ def load_tensors(path, device="cpu"):
     with zipfile.ZipFile(path) as file:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()):
             raise ValueError(f"{path} was not written by this program: it is compressed")
-    return torch.load(path, map_location=device, weights_only=True)
+    tensors = torch.load(path, map_location=device, weights_only=True)
+    if not isinstance(tensors, dict):
+        raise ValueError(f"{path} was not written by this program: it holds a {type(tensors).__name__}")
+    return tensors
 
 
 # --- Bicubic ----------------------------------------------------------------------------------------------------------
