@@ -256,7 +256,7 @@ def progress_at(step: int, search: int) -> float:
 
 
 def learning_rate_at(step: int, search: int, steps: int) -> float:
-    """Of the convolutions, as a part of the highest: a linear rise over the search, then half a cosine down to 1 %.
+    """Of the convolutions, as a part of the highest: half a cosine down to 1 %, times a linear rise over the search.
 
     So the supernet learns gently, and the found network, which goes on from there, at the full rate.
     """
@@ -691,9 +691,11 @@ def settings_of(args: argparse.Namespace) -> tuple[argparse.Namespace, Path]:
         if saved["activation"] not in ACTIVATIONS and "activation" not in given:
             raise ValueError("the activation of this run is code in a file; if you want it to run, add --activation "
                              + shlex.quote(saved["activation"]))
-        different = [f"--{name} {new} (the run has {saved[name]})" for name, new in given.items() if saved[name] != new]
+        different = {"budget" if name == "unit" else name for name, new in given.items() if saved[name] != new}
         if different:
-            raise ValueError(f"a run goes on with its own settings; leave out {', '.join(different)}")
+            its = saved | dict(budget=cost_in_words(saved["budget"], saved["unit"]))
+            raise ValueError("a run goes on with its own settings; leave out "
+                             + ", ".join(f"--{name} (the run has {its[name]})" for name in sorted(different)))
         return argparse.Namespace(**saved), out
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: choose another --out")

@@ -507,7 +507,7 @@ def measured_costs(space: Space, device, say=print) -> Costs:
     nf, widths, costs = space.channels, space.widths, Costs("ms", {}, {}, {}, {}, 0.0)
     costs.head = time(lambda: conv(3, nf, 3, bias=True), 3, 1)
     image = features(3, 1, space.scale, device)
-    enlarging = milliseconds(lambda x: enlarge(x, space.scale) if space.output == "skip" else torch.tanh(x), image)
+    enlarging = milliseconds(lambda x: enlarge(x, space.scale), image)
     ups = {magnification(space, node): node for node in space.nodes if node[-1] == "u"}
     say(f"milliseconds of each operation for a 1280x720 output, x{space.scale}, on {device}: at a width kept")
     for m in magnifications(space):

@@ -296,8 +296,8 @@ class Supernet(nn.Module):
 
         budget: (least, most) cost for a 1280x720 output. mean: the weights averaged (or summed) over the whole
         search, `weights` if None. Where the decisions as they stand miss the budget, those are changed that the search
-        was least sure of: to decide for b in place of a loses log(mean_a / mean_b), and the smallest total loss wins.
-        Raises ValueError if the space has no network within the budget.
+        was least sure of: to decide for b in place of a loses log(mean_a / mean_b), or nothing where b's mean is the
+        larger, and the smallest total loss wins. Raises ValueError if no network is found within the budget.
         """
         weights, mean = ([w.detach().double().cpu().numpy() for w in each] for each in (weights, mean or weights))
         picks = [w.argmax(-1) for w in weights]
@@ -322,7 +322,8 @@ class Supernet(nn.Module):
         """argmax of gamma[exit] + sum alpha[op] + sum beta[width] among the networks that cost `least` to `most`.
 
         Along one path the operations form a chain, so dynamic programming is exact but for the rounding of costs to
-        `buckets`: value[w, b] is the best score of a chain so far that ends in width w and has spent b buckets.
+        `buckets`: value[w, b] is the best score of a chain so far that ends in width w and has spent b buckets. Rounding
+        must break no promise, so networks within a few buckets of either bound may be passed over. ValueError if none is left.
         """
         space, table = self.space, self.table.cpu().numpy()
         unit = most / buckets
@@ -360,8 +361,8 @@ class Supernet(nn.Module):
                     bucket, width = bucket - costs[k, before, width], before
                 best = score, (exit, operations, widths[:, 1:-1])
         if best[1] is None:
-            raise ValueError(f"no network of this space costs {self._words(least)} to {self._words(most)}: "
-                             "change the budget or enlarge the space")
+            raise ValueError(f"found no network of this space that costs {self._words(least)} to {self._words(most)} "
+                             f"(in steps of {self._words(unit)}): change the budget or enlarge the space")
         return best[1]
 
     def cost_range(self) -> tuple[np.ndarray, np.ndarray]:
@@ -381,7 +382,7 @@ class Supernet(nn.Module):
     def restrict(self, least: float, target: float, most: float) -> None:
         """Forbid the exits whose networks all cost less than `least` or more than `target`; they are never computed.
 
-        If no network costs between `least` and `target`, all up to the budget `most` is allowed instead.
+        If no network is found between `least` and `target`, all up to the budget `most` is allowed instead.
         Raises ValueError, naming what is possible, if that leaves no network.
         """
         low, high = self.cost_range()

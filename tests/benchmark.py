@@ -4,7 +4,7 @@
     python tests/benchmark.py --whole                     # and a whole run against training its network alone
     python tests/benchmark.py --preset full --scale 4 --patch 32 --rounds 1     # the full space; minutes a step on a CPU
 
-Times are medians with the quartiles in brackets. Contenders take turns within each round, so that a slow minute of the
+Times are medians, with the quartiles beside them. Contenders take turns within each round, so that a slow minute of the
 machine slows all of them, and ratios are taken within the table. The table, with versions and hardware, is saved to --out.
 """
 import argparse
@@ -21,7 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import search
 from evaluate import degrade, write_whole
-from search_space import OPERATIONS, Network, cells_on, keep_memory
+from search_space import OPERATIONS, Network, cells_on, cost_in_words, keep_memory
 from sparsestmax import sparsestmax
 from supernet import live_choices
 
@@ -228,7 +228,7 @@ def main():
     pairs = [(degrade(hr, settings.scale), hr) for hr in pictures]
     s = vars(settings)
     report = [f"# x{s['scale']}, {s['channels']} channels, {s['cells']} cells of {s['positions']}, {s['batch']} patches of "
-              f"{s['patch']}x{s['patch']}, budget {s['budget'] / 1e9:g}G, {'bfloat16' if s['bfloat16'] else 'float32'}\n",
+              f"{s['patch']}x{s['patch']}, budget {cost_in_words(s['budget'], s['unit'])}, {'bfloat16' if s['bfloat16'] else 'float32'}\n",
               f"Python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
               f"{search.describe(settings)['hardware']} ({processor()}), {args.rounds} rounds.\n"]
     parts = {"steps": lambda: step_times(settings, pairs, args.rounds), "memory": lambda: memory(settings, pairs),

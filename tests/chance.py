@@ -99,13 +99,15 @@ def chosen(settings, seed, architectures, seconds) -> int:
 # --- The others ----------------------------------------------------------------------------------------------------
 
 def random_networks(space: Space, cost: float, rng: random.Random):
-    """RANDOM different networks within 5 %."""
+    """RANDOM different networks within 5 %; ValueError if so many do not come up."""
     found = {}
-    while len(found) < RANDOM:
+    for _ in range(1_000_000):
         a = space.random(rng)
         if abs(a.multiply_adds() / cost - 1) < 0.05:
             found[a] = None
-    return list(found)
+        if len(found) == RANDOM:
+            return list(found)
+    raise ValueError(f"of {cost / 1e9:.3g}G multiply-adds within 5 % there are hardly {RANDOM} networks: enlarge the space")
 
 
 def scaled(name: str, scale: int, cost: float):

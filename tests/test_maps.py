@@ -161,6 +161,15 @@ tsallis = checks.against(lambda z, tau, progress: (z / 2 - tau).clamp(min=0) ** 
                          "the maximum of <p, z> + 4/3 sum (p - p^1.5)")
 
 
+def test_a_specification_sees_ties_and_large_logits():
+    def right(z, progress):
+        return (z / 0.01 ** progress).softmax(-1)
+    annealed(right)
+    for where in (lambda z: z[..., :1] == z[..., 1:2]), (lambda z: z.abs().amax(-1, keepdim=True) > 50):
+        with pytest.raises(checks.Failed, match="the maximum of"):
+            annealed(lambda z, progress: torch.where(where(z), z.softmax(-1).flip(-1) ** 2, right(z, progress)))
+
+
 @pytest.mark.task1
 @pytest.mark.parametrize("law", [*checks.LAWS, *checks.OF_THE_DETERMINISTIC, "exact gradient", "specification"])
 def test_task1(mine, law):
