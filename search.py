@@ -11,24 +11,25 @@ Two things have weights: the convolutions, and the candidates (`Weights` in supe
 Both are learned together (arXiv 2101.06658, section 3.3; first-order, as in DARTS, arXiv 1806.09055): a batch from one
 half of the photographs moves the convolutions, a batch from the other half moves the logits (but for a short warm-up,
 in which only convolutions learn: what random ones say of an architecture is noise). Meanwhile `progress` rises from 0
-to 1 and sparsestmax turns ever more of the candidates' weights into exact zeros, whose branches are no longer computed.
-At progress 1 what is left *is* one network: it leaves the supernet with its convolutions and with Adam's memory of
-them, computes the same function, and the same loop goes on with all photographs.
+to 1 and sparsestmax turns ever more of the candidates' weights into exact zeros, whose branches are no longer
+computed. At progress 1 what is left *is* one network: it leaves the supernet with its convolutions and with Adam's
+memory of them, computes the same function (unless the budget demands another choice; see below), and the same loop
+goes on with all photographs.
 
     loss = L1(SR, HR)  +  COST * sum over exits of [gamma] * off^2
                        +  PRICE * sum over exits of gamma * max(0, [off])
                        +  ORDER * sum over edges of max(0, child - parent)
 
-    off  = log(expected cost of the exit / target)  +  [progress * log(cost if we stopped now / expected cost)]
+    off  = log(expected cost of the exit / target)  +  [progress * log(cost if we stopped now / mean expected cost)]
 
 What stands in [brackets] is detached: to the gradient it is a constant. The second term draws operations and widths
-towards a target, 90 % of the budget (multiply-adds or milliseconds). It asks this of *each* exit: were only their mean to
-meet the target, an exit far too dear could hide behind cheap ones. The third makes exits pay for what they exceed the
-target by. Without it a path with an upsampling wins while its cells are still rich, and then has to starve them to 1x1
-convolutions (seen at x2, 12G). It asks nothing of exits that are still too cheap: their cells can grow. Exits that cannot
-come down to the target are forbidden. The fourth is the paper's "sorting": a deeper exit must earn its depth. Should the
-last choices to close have missed the budget, `Supernet.derive` changes those that the search was least sure of, so every
-run ends within its budget and uses at least 80 % of it.
+towards a target, 90 % of the budget (multiply-adds or milliseconds). It asks this of *each* exit: were only their mean
+to meet the target, an exit far too dear could hide behind cheap ones. The third makes exits pay for what they exceed
+the target by. Without it a path with an upsampling wins while its cells are still rich, and then has to starve them to
+1x1 convolutions (seen at x2, 12G). It asks nothing of exits that are still too cheap: their cells can grow. Exits that
+cannot come down to the target, or cannot use 80 % of the budget, are forbidden. The fourth is the paper's "sorting": a
+deeper exit must earn its depth. Should the last choices to close have missed the budget, `Supernet.derive` changes
+those that the search was least sure of, so every run ends within its budget and uses at least 80 % of it.
 
 A run's folder holds settings.json (command line, versions, hardware), history.csv, distributions.npz (all weights over
 time), levels.png, architecture.png, architecture.json, network.pt, results.md and .json, and for --resume checkpoint.pt
@@ -383,7 +384,7 @@ class Run:
         cost = net.cost(weights)
         if progress == 0:                                              # warm-up: what random weights say of an
             return fixed, cost.detach()                                # architecture is noise, and costs half a step
-        # b. The architecture, under the weights as they stand. The log makes twice too much and half too little equally
+        # b. The architecture, under the weights as they stand. The log makes twice the target and half of it equally
         #    bad, at any budget.
         off_target = torch.log(net.exit_costs(weights) / self.target).float()     # (nodes,)
         #    What must meet the target in the end is one network, not the mean over networks. So this moves, as progress

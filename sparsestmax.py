@@ -27,7 +27,7 @@ centre first, and asks for the nearest point of what is left:
 
     minimise ||p - z||^2   over p in the simplex with ||p - u|| >= r.                                        (*)
 
-r = 0 forbids nothing: sparsemax. As r grows, the ball pushes p outwards, through the edges of the triangle, into
+r = 0 forbids nothing: sparsemax. As r grows, the ball pushes p outwards, to an edge of the triangle and along it into
 a corner. `progress` is r / r_c, so that choices among 4 and among 55 candidates come to a close together. A ball
 inside the simplex drops nobody: zeros that sparsemax did not have appear at progress 1/(K-1) at the earliest
 (.33 for K = 4, .02 for K = 55).
@@ -50,7 +50,8 @@ point solves (*): with no convexity needed,
 
     sparsestmax(z) = sparsemax(t z),   with the smallest t >= 1 that brings it to radius r, or farther.
 
-(Farther at t = 1 only, where sparsemax is outside the ball by itself.)
+(Farther at t = 1 only, where sparsemax is outside the ball by itself. Only where several logits are the largest may there be no
+such t: see Conventions.)
 
 It is sparsemax at a temperature 1/t that each row picks for itself. And t has a formula. By Pythagoras the ball
 cuts the face of m survivors in a ball around *its* centre, whose squared radius is
@@ -60,8 +61,8 @@ cuts the face of m survivors in a ball around *its* centre, whose squared radius
 In words: stay in the face, keep the direction, walk radially until the distance is right. Fewer survive as t
 grows, hence the rule: sort, try every m at once, and keep the largest m whose smallest weight, 1/m + t_m q_m, is
 still positive. (Why the largest? Suppose that an m above the true one passed. Then m or more survive at t_m, fewer at
-the true t, which therefore comes later, since the support only shrinks. On the way, when no more than m are left, the
-radius is r already, as t is t_m or more. But the true t was the smallest to reach r: a contradiction.)
+the true t, so the true t is larger. At the first t on the way with at most m survivors the radius is r or more, since
+t >= t_m. But the true t is the smallest to reach r: a contradiction.)
 
 Digits for z = (.3, .1, -.1), K = 3, r_c = .8165:
 
@@ -73,7 +74,8 @@ Digits for z = (.3, .1, -.1), K = 3, r_c = .8165:
 
 The Jacobian, and why a choice locks
 ------------------------------------
-Differentiate p = 1/m + rho_m n with n = q / ||q||. Survivors only, zero for everybody else:
+Differentiate p = 1/m + rho_m n with n = q / ||q||. Survivors only, zero for everybody else (1 is the vector of ones, '
+transposes):
 
     inside the free region   dp/dz = I - 11'/m                          (sparsemax)
     on the sphere            dp/dz = (rho_m / ||q||) (I - 11'/m - nn')
@@ -87,7 +89,7 @@ prescribed. What is left are m - 2 directions, so
     all directions are equally near, and a breath of wind decides. At equal logits the map jumps, so no formula
     can save the slope. Two logits closer than the rounding step eps of their dtype (relative to 1) cannot
     sensibly be told apart, so the slope divides by max(||q||, eps): finite always, exact above eps. That
-    bound is generous (8e6 in float32); start logits with some spread, and clip gradients.
+    bound is generous (8e6 in float32); start logits with some spread, and bound the step (Adam does).
 
 Conventions
 -----------

@@ -2,9 +2,10 @@
 
 Each is f(logits (..., K), progress in [0, 1]) -> weights (..., K). Search with one by
 
-    python search.py --scale 2 --activation notebooks/my_map.py:my_map
+    python search.py --scale 2 --preset lesson --activation notebooks/my_map.py:my_map
 
-`promises` says what a map claims beyond being one; what it does not claim is not checked. "deterministic": the same weights
+`promises` says what a map claims beyond being one. In task 3, what it does not claim is not checked (but "one-hot at
+progress 1" is, in any case). "deterministic": the same weights
 at each call. "exact gradient": autograd's gradient is the map's own. "one-hot at progress 1". "thaws" is explained in task 3.
 """
 import torch
