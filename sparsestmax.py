@@ -50,8 +50,8 @@ point solves (*): with no convexity needed,
 
     sparsestmax(z) = sparsemax(t z),   with the smallest t >= 1 that brings it to radius r, or farther.
 
-(Farther at t = 1 only, where sparsemax is outside the ball by itself. Only where several logits are the largest may there be no
-such t: see Conventions.)
+(Farther at t = 1 only, where sparsemax is outside the ball by itself. Only where several logits are the largest may
+there be no such t: see Conventions.)
 
 It is sparsemax at a temperature 1/t that each row picks for itself. And t has a formula. By Pythagoras the ball
 cuts the face of m survivors in a ball around *its* centre, whose squared radius is

@@ -13,11 +13,12 @@ pass per width: channel number ch survives in every width larger than ch, hence 
 
     m[ch] = sum_w beta_w 1[ch < w]
 
-and one convolution at the widest live width, times m, is the whole mixture. Where a width shows up inside an
-operation the same rule is applied, though behind a ReLU it is no longer the exact mixture: the hidden channels of "dws" are four for each input channel, so their staircase is
-the input's, each step four times as long; between the two convolutions of "residual" lies the output's staircase; and
-a shortcut is p x + (1 - p) conv(x), p being the probability that the two widths agree. At one-hot weights each of
-these *is* the operation of search_space.py. That is why inheriting is an identity and needs no retraining.
+and one convolution at the widest live width, times m, is the whole mixture. Where a width shows up inside an operation
+the same rule is applied, though behind a ReLU it is no longer the exact mixture: the hidden channels of "dws" are four
+for each input channel, so their staircase is the input's, each step four times as long; between the two convolutions
+of "residual" lies the output's staircase; and a shortcut is p x + (1 - p) conv(x), p being the probability that the
+two widths agree. At one-hot weights each of these *is* the operation of search_space.py. That is why inheriting is an
+identity and needs no retraining.
 
 *Zeros are free.* Sparse activations give weights that are exactly zero, and a zero gets no gradient. So a
 dead operation is not computed, channels past the widest live width are sliced off, and a node of the path tree is
