@@ -694,9 +694,10 @@ def settings_of(args: argparse.Namespace) -> tuple[argparse.Namespace, Path]:
                              + shlex.quote(saved["activation"]))
         different = {"budget" if name == "unit" else name for name, new in given.items() if saved[name] != new}
         if different:
-            its = saved | dict(budget=cost_in_words(saved["budget"], saved["unit"]))
+            new, its = (each | ({"budget": cost_in_words(each["budget"], each["unit"])} if "budget" in each else {})
+                        for each in (given, saved))
             raise ValueError("a run goes on with its own settings; leave out "
-                             + ", ".join(f"--{name} (the run has {its[name]})" for name in sorted(different)))
+                             + ", ".join(f"--{name} {new[name]} (the run has {its[name]})" for name in sorted(different)))
         return argparse.Namespace(**saved), out
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: choose another --out")

@@ -398,9 +398,10 @@ def test_bad_command_lines_say_so_in_one_line(tmp_path, capsys, options, message
 def test_resuming_with_other_settings_is_refused(tmp_path, photos, capsys):
     out = run(tmp_path / "a", "--data", photos, "--budget", "2G")
     with pytest.raises(SystemExit) as stop:
-        search.main(["--resume", "--out", str(out), "--seed", "7", "--scale", "2"])
+        search.main(["--resume", "--out", str(out), "--seed", "7", "--scale", "2", "--budget", "80ms"])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and "--seed 7 (the run has 0)" in error and "--scale" not in error
+    assert "--budget 80 ms (the run has 2G multiply-adds)" in error and "--unit" not in error
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
