@@ -13,8 +13,8 @@ luma     only the brightness Y of BT.601 counts, in television's range 16..235. 
 border   `scale` pixels are cropped off each side: nobody knows what lies beyond the frame.
 PSNR-Y   20 log10(255 / root mean square error), in dB, higher is better. A set's figure is the mean over its images.
 SSIM     compares local means, variances and covariance under an 11x11 Gaussian (sigma 1.5) where it fits; 1 is best.
-where    float64 numpy on the CPU. The network too runs on the CPU unless told otherwise: a GPU adds in another order,
-         and that shows in a figure's last digits.
+where    float64 numpy on the CPU. The network too runs on the CPU unless told otherwise: a GPU adds in another order, and
+         rounds what it multiplies to 10 bits (TF32), and that shows in a figure's last digits.
 
 The floor is bicubic enlargement. This file gives, in dB (published tables agree within 0.01):
 
@@ -627,9 +627,9 @@ def run_upscale(network, photo, output):
 def run_time(network, device):
     a, network = network.architecture, network.to(memory_format=torch.channels_last)
     took = milliseconds(network, features(3, 1, a.scale, device), seconds=3)
-    threads = f", {torch.get_num_threads()} threads" if torch.device(device).type == "cpu" else ""
+    arithmetic = f"{torch.get_num_threads()} threads, float32" if torch.device(device).type == "cpu" else "float32 or TF32"
     print(f"{took:.4g} ms for a 1280x720 output, {a.multiply_adds() / 1e9:.4g}G multiply-adds: "
-          f"{a.multiply_adds() / took / 1e6:.3g}G a second ({device}{threads}, float32, median)")
+          f"{a.multiply_adds() / took / 1e6:.3g}G a second ({device}, {arithmetic}, median)")
 
 
 def run_export(network, path):

@@ -203,7 +203,7 @@ class Patches:
         corner = pixel - torch.randint(self.patch, (size, 2), generator=generator)                  # (size, 2)
         top, left = torch.minimum(corner.clamp(min=0), self.sizes[i] - self.patch).T
         turn = torch.randint(8, (size,), generator=generator)
-        numbers = torch.stack([self.starts[i], self.sizes[i, 1], top, left, turn])[:, RANK::WORLD]  # (5, B)
+        numbers = torch.stack([self.starts[i], self.sizes[i, 1], top, left, turn])[:, RANK::WORLD].contiguous()     # (5, B)
         if self.lr.is_cuda:                                    # pinned memory is sent without waiting for the GPU
             numbers = numbers.pin_memory().to(self.lr.device, non_blocking=True)
         start, width, top, left, turn = numbers[..., None, None]                    # (B, 1, 1) each
@@ -707,6 +707,8 @@ def settings_of(args: argparse.Namespace) -> tuple[argparse.Namespace, Path]:
     preset = given.get("preset") or ("full" if device.startswith("cuda") else "lesson")
     settings = dict(scale=2, data=None, activation="sparsestmax", seed=0, device=device, preset=preset, unit="multiply-adds")
     settings |= PRESETS[preset] | given
+    if device.startswith("cuda") and "bfloat16" not in given:          # GPUs older than Ampere convolve it without cuDNN, slowly
+        settings["bfloat16"] &= torch.cuda.is_bf16_supported(including_emulation=False)
     if isinstance(settings["budget"], dict):
         settings["budget"] = settings["budget"][settings["scale"]]
     if settings["batch"] * (settings["patch"] * settings["scale"]) ** 2 > 2 ** 28:
@@ -770,7 +772,8 @@ def whole_run(args: argparse.Namespace):
     if settings.batch % WORLD:
         raise ValueError(f"--batch {settings.batch} cannot be split evenly over {WORLD} processes")
     if WORLD > 1:
-        torch.distributed.init_process_group()
+        # Small CPU tensors are reduced as well (`largest`); left to itself, torch would bring NCCL alone where CUDA is.
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if settings.device.startswith("cuda") else "gloo")
     usable(f"cuda:{os.environ['LOCAL_RANK']}" if WORLD > 1 and settings.device == "cuda" else settings.device)
     run = Run(settings, out)                                           # an impossible budget ends here, before any work
     run.data = load_data(settings)
@@ -827,7 +830,7 @@ def main(argv=None):
     except ValueError as error:
         parser.exit(2, f"search.py: error: {error}\n")
     except (MemoryError, RuntimeError) as error:
-        parser.exit(2, f"search.py: error: {out_of_memory(error)}; begin again with a smaller --batch or --patch\n")
+        parser.exit(2, f"search.py: error: {out_of_memory(error)}; begin again with a smaller --batch or --patch, or fewer photographs\n")
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
