@@ -11,11 +11,14 @@ This file holds the *discrete* side only: `Space` says what may be chosen, `Arch
 `Network` is that choice as a plain torch module with nothing of the search left in it. supernet.py
 relaxes the same three levels to weights on simplices.
 
+All of them enlarge a low-resolution image, LR, by the scale, to SR. In shapes B is the batch and nf is `Space.channels`.
+
     LR image --head 3x3--> [ cell | up ] --> ... --tail 3x3, PixelShuffle--> + bicubic(LR) = SR image
 
-*Path tree.* A path is a string over {c, u}: "c" is a cell, "u" an upsampling; the first letter is always "c".
-Every prefix of a path is itself a network (an *exit*), so all paths together form a tree; at x4 with five
-cells it has 55 nodes, of which 35 are cells, 20 are upsamplings, and 15 are complete paths (leaves).
+*Path tree.* A path is a string over {c, u}: "c" is a cell (some operations f in a row, out = x + 0.2 f(x)),
+"u" an upsampling; the first letter is always "c". Every prefix of a path is itself a network (an *exit*), so all paths
+together form a tree; at x4 with five cells it has 55 nodes, of which 35 are cells, 20 are upsamplings, and 15 are
+complete paths (leaves).
 
 *Two meanings of "u"*, both in the paper. With `upsample="early"`, "u" really enlarges (nearest neighbour, 3x3
 convolution, LeakyReLU): a cell behind one x2 "u" then works on four times the pixels and costs four times as
@@ -144,7 +147,7 @@ def widths_of(channels: int) -> tuple[int, ...]:
     """
     if type(channels) is not int or channels % 8 or not 16 <= channels <= CHANNEL_LIMIT:
         raise ValueError(f"channels must be a multiple of 8 from 16 to {CHANNEL_LIMIT}, not {channels!r}")
-    # (2 * 8 * k + ...) // ... is exact integer rounding: floating point would have to decide what 1/3 + 1/6 is.
+    # a / b, rounded half up, is (2 a + b) // (2 b), exact in integers; here a is `sixths * channels`, and b is 6 * 8.
     return tuple(sorted({8 * ((2 * sixths * channels + 48) // 96) for sixths in (2, 3, 4, 5, 6)}))
 
 
