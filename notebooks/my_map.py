@@ -4,15 +4,20 @@ Each is f(logits (..., K), progress in [0, 1]) -> weights (..., K). Search with 
 
     python search.py --scale 2 --preset lesson --activation notebooks/my_map.py:my_map
 
-`promises` says what a map claims beyond being one. In task 3, what it does not claim is not checked (but "one-hot at
-progress 1" is, in any case). "deterministic": the same weights
-at each call. "exact gradient": autograd's gradient is the map's own. "one-hot at progress 1". "thaws" is explained in task 3.
+`promises` says what a map claims beyond being one:
+
+    "deterministic"          the same weights at each call
+    "exact gradient"         autograd's gradient is the map's own
+    "one-hot at progress 1"  a decision at the end
+    "thaws"                  explained in task 3
+
+In task 3, what it does not claim is not checked (but "one-hot at progress 1" is, in any case).
 """
 import torch
 
 
 def annealed_softmax(logits, progress=0.0):
-    """Task 1: the weights that maximise <p, logits> + T * entropy(p), with the temperature T = 0.01 ** progress."""
+    """Task 1: the weights that maximise <p, logits> + T entropy(p), where T = 0.01 ** progress."""
     raise NotImplementedError("task 1, annealed_softmax")
 
 
@@ -25,7 +30,7 @@ def entmax15_row(z):
 
 
 def entmax15(logits, progress=0.0):
-    """Task 2b: the same for all rows at once, without a loop. It has no schedule: progress is ignored."""
+    """Task 2b: the same for all rows at once, without a loop. Progress is ignored: no schedule."""
     raise NotImplementedError("task 2, entmax15")
 
 

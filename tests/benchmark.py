@@ -1,11 +1,13 @@
 """What a search costs: time and memory, side by side in one process.
 
-    python tests/benchmark.py                             # step times, memory, sparsestmax: a few minutes on a laptop
-    python tests/benchmark.py --whole                     # and a whole run against training its network alone
-    python tests/benchmark.py --preset full --scale 4 --patch 32 --rounds 1     # the full space; minutes a step on a CPU
+    python tests/benchmark.py          # step times, memory, sparsestmax: a few minutes on a laptop
+    python tests/benchmark.py --whole  # and a whole run against training its network alone
+    python tests/benchmark.py --preset full --scale 4 --patch 32 --rounds 1  # the full space:
+                                       # minutes a step on a CPU
 
-Times are medians, with the quartiles beside them. Contenders take turns within each round, so that a slow minute of the
-machine slows all of them, and ratios are taken within the table. The table, with versions and hardware, is saved to --out.
+Times are medians, with the quartiles beside them. Contenders take turns within each round, so that
+a slow minute of the machine slows all of them, and ratios are taken within the table. The table,
+with versions and hardware, is saved to --out.
 """
 import argparse
 import ctypes
@@ -20,12 +22,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import search
-from evaluate import degrade, write_whole
-from search_space import OPERATIONS, Network, cells_on, cost_in_words, keep_memory
+from evaluate import crop_to, dead_leaves, degrade, keep_memory
+from search_space import OPERATIONS, Network, cells_on, cost_in_words, write_whole
 from sparsestmax import sparsestmax
 from supernet import live_choices
 
-PROGRESS = 1e-3, 0.25, 0.5, 0.75, 1.0      # at 0 itself, the warm-up, a step leaves the logits alone
+PROGRESS = 1e-3, 0.25, 0.5, 0.75, 1.0  # at 0 itself, the warm-up, a step leaves the logits alone
 
 
 def synchronize():
@@ -34,7 +36,10 @@ def synchronize():
 
 
 def race(contenders: dict, rounds: int) -> dict:
-    """Call each contender once a round; -> seconds, name: (rounds,) array. Round 0 warms up and is not counted."""
+    """Call each contender once a round; -> seconds, name: (rounds,) array.
+
+    Round 0 warms up and is not counted.
+    """
     seconds = {name: [] for name in contenders}
     for i in range(rounds + 1):
         for name, contender in contenders.items():
@@ -53,32 +58,40 @@ def in_words(seconds: np.ndarray, against: np.ndarray) -> str:
 
 
 def peak_memory(action) -> float:
-    """Bytes that `action` needed at its peak above what was there before; NaN where the system does not tell."""
+    """Bytes that `action` needed at its peak above what was there before.
+
+    NaN where the system does not tell.
+    """
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         action()
         return torch.cuda.max_memory_allocated() - before
-    try:                                                       # Linux: a high-water mark that can be set back
-        ctypes.CDLL(None).malloc_trim(0)                       # hand back what earlier actions left behind
+    try:  # Linux: a high-water mark that can be set back
+        ctypes.CDLL(None).malloc_trim(0)  # hand back what earlier actions left behind
         Path("/proc/self/clear_refs").write_text("5")
     except (OSError, AttributeError):
         return float("nan")
 
     def resident(field):
-        line, = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+        lines = Path("/proc/self/status").read_text().splitlines()
+        line, = (line for line in lines if line.startswith(field))
         return int(line.split()[1]) * 1024
     before = resident("VmRSS:")
     action()
     return resident("VmHWM:") - before
 
 
-# --- Runs ----------------------------------------------------------------------------------------------------------
+# --- Runs -----------------------------------------------------------------------------------------
 
-def make_run(settings, pairs) -> search.Run:
-    """A Run on generated pictures whose supernet leans a little towards one network within the budget, as in a search."""
-    run = search.Run(settings, Path("unused"))
-    whole = search.Patches(list(pairs), settings.patch, run.device)
+def make_run(settings, pairs, costs=None) -> search.Run:
+    """A Run on generated pictures whose supernet leans a little, as in a search.
+
+    It leans towards one network within the budget. costs: those of another Run, so that nothing
+    is timed twice.
+    """
+    run = search.Run(settings, Path("unused"), costs)
+    whole = search.Patches(pairs, settings.patch, run.device)
     run.data = search.Data(whole, whole, whole)
     run.save = lambda: None
     net = run.supernet
@@ -109,7 +122,10 @@ def become_network(run, architecture=None):
 
 
 def evaluated(run, how: str):
-    """Let `run`'s supernet compute "ours": what is alive, "dense": all of every exit that the budget allows, or "tree": all."""
+    """Let `run`'s supernet compute all, some, or little.
+
+    how: "ours", what is alive; "dense", all of every exit that the budget allows; "tree", all.
+    """
     net = run.supernet
     net.__dict__.pop("read", None)
     if how != "ours":
@@ -124,7 +140,10 @@ def evaluated(run, how: str):
 
 
 def weights_half(run, progress, how="ours"):
-    """The half of a search step that trains the weights: what a step of the lone network is to be compared with."""
+    """The half of a search step that trains the weights.
+
+    It is what a step of the lone network is to be compared with.
+    """
     evaluated(run, how)
     with torch.no_grad():
         weights = run.supernet.weights(progress)
@@ -138,64 +157,75 @@ def whole_step(run, progress, how="ours"):
 
 
 def step_times(settings, pairs, rounds):
-    run, lone = make_run(settings, pairs), become_network(make_run(settings, pairs))
-    run.logits_optimiser.param_groups[0]["lr"] = 0.0           # or the run would drift away from the network that `lone` has
+    run = make_run(settings, pairs)
+    lone = become_network(make_run(settings, pairs, run.costs))
+    # Or the run would drift away from the network that `lone` has.
+    run.logits_optimiser.param_groups[0]["lr"] = 0.0
     contenders = {"derived network, a training step": lone.training_step}
     for name, step in ("weights only", weights_half), ("whole step", whole_step):
         contenders[f"the whole tree, {name}"] = partial(step, run, PROGRESS[0], "tree")
         contenders[f"dense, {name}"] = partial(step, run, PROGRESS[0], "dense")
         contenders |= {f"ours at progress {p}, {name}": partial(step, run, p) for p in PROGRESS}
     seconds = race(contenders, rounds)
-    rows = ["| step | median | quartiles | x derived network | x dense |", "|---|---:|---:|---:|---:|"]
+    rows = ["| step | median | quartiles | x derived network | x dense |",
+            "|---|---:|---:|---:|---:|"]
     for name, s in seconds.items():
         dense = seconds["dense, whole step" if "whole step" in name else "dense, weights only"]
         rows.append(f"| {name} | {in_words(s, seconds['derived network, a training step'])} | "
                     f"{np.median(s) / np.median(dense):.2f} |")
     assert run.supernet.derive(run.supernet.weights(1.0)) == lone.network.architecture
     live = {p: live_choices(run.supernet.weights(p)) for p in PROGRESS}
-    rows.append("\nDense: all of every exit that the budget allows; the whole tree: of those that it forbids, too. Alive (exits, "
-                "operations, widths): " + "; ".join(f"{p}: {e}, {o:.1f}, {w:.1f}" for p, (e, o, w) in live.items()) + ".")
+    alive = "; ".join(f"{p}: {e}, {o:.1f}, {w:.1f}" for p, (e, o, w) in live.items())
+    rows.append("\nDense: all of every exit that the budget allows; the whole tree: of those that "
+                f"it forbids, too. Alive (exits, operations, widths): {alive}.")
     return rows
 
 
 def memory(settings, pairs):
     rows = ["| step | peak memory above the model's own |", "|---|---:|"]
-    run, lone = make_run(settings, pairs), become_network(make_run(settings, pairs))
-    run.search_step(1.0)                                       # gradients and moments of weights are there by now
+    run = make_run(settings, pairs)
+    lone = become_network(make_run(settings, pairs, run.costs))
+    run.search_step(1.0)  # gradients and moments of weights are there by now
     contenders = {"dense, whole step": partial(whole_step, run, PROGRESS[0], "dense")}
-    contenders |= {f"ours at progress {p}, whole step": partial(whole_step, run, p) for p in PROGRESS}
+    contenders |= {f"ours at progress {p}, whole step": partial(whole_step, run, p)
+                   for p in PROGRESS}
     contenders["derived network, a training step"] = lone.training_step
     for name, action in contenders.items():
         rows.append(f"| {name} | {peak_memory(action) / 2**20:,.0f} MiB |")
     own = sum(p.numel() * p.element_size() for p in run.supernet.parameters())
-    return rows + [f"\nThe supernet's parameters take {own / 2**20:.1f} MiB, with gradients and Adam's moments four times that."]
+    return rows + [f"\nThe supernet's parameters take {own / 2**20:.1f} MiB, with gradients and "
+                   "Adam's moments four times that."]
 
 
 def whole_run(settings, pairs):
     run = make_run(settings, pairs)
     torch.manual_seed(settings.seed)
-    for logits in run.supernet.logits():                       # no leaning: a search as search.py does it
+    for logits in run.supernet.logits():  # no leaning: a search as search.py does it
         torch.nn.init.normal_(logits, std=1e-3)
     run.run()
     longer = argparse.Namespace(**vars(settings) | dict(steps=settings.steps + settings.search))
-    alone = become_network(make_run(longer, pairs), run.network.architecture)
-    alone.step = settings.search                               # the search is behind it; `steps` steps of training are left
+    alone = become_network(make_run(longer, pairs, run.costs), run.network.architecture)
+    alone.step = settings.search  # the search is behind it; `steps` steps of training are left
     alone.run()
     together, training = sum(run.seconds.values()), alone.seconds["training"]
     return ["| run | seconds | x training alone |", "|---|---:|---:|",
             f"| {settings.search} steps of search | {run.seconds['search']:.1f} | |",
-            f"| {settings.steps - settings.search} steps of training | {run.seconds['training']:.1f} | |",
+            f"| {settings.steps - settings.search} steps of training | "
+            f"{run.seconds['training']:.1f} | |",
             f"| search and training | {together:.1f} | {together / training:.2f} |",
             f"| {settings.steps} steps of training the found network alone | {training:.1f} | 1 |"]
 
 
-# --- The map -------------------------------------------------------------------------------------------------------
+# --- The map --------------------------------------------------------------------------------------
 
 def maps(rounds, device):
-    keep_memory()                                              # or pages that come and go are half of the time, for all alike
-    rows = ["| forward + backward | shape | median | quartiles | x torch.softmax |", "|---|---|---:|---:|---:|"]
-    candidates = {"torch.softmax": lambda z: z.softmax(-1), "sparsestmax at .5": lambda z: sparsestmax(z, 0.5),
-                  "sparsestmax at .5, row by row": lambda z: torch.stack([sparsestmax(row, 0.5) for row in z])}
+    keep_memory()  # or pages that come and go are half of the time, for all alike
+    rows = ["| forward + backward | shape | median | quartiles | x torch.softmax |",
+            "|---|---|---:|---:|---:|"]
+    candidates = {"torch.softmax": lambda z: z.softmax(-1),
+                  "sparsestmax at .5": lambda z: sparsestmax(z, 0.5),
+                  "sparsestmax at .5, row by row":
+                      lambda z: torch.stack([sparsestmax(row, 0.5) for row in z])}
     try:
         from entmax import sparsemax
         candidates["entmax.sparsemax"] = lambda z: sparsemax(z, -1)
@@ -204,10 +234,12 @@ def maps(rounds, device):
     for shape in (4096, 64), (175, 4):
         z = torch.randn(shape, device=device, requires_grad=True)
         g = torch.randn(shape, device=device)
-        row_by_row = {name: lambda f=f: f(z).backward(g) for name, f in candidates.items() if "row by" in name}
-        at_once = {name: lambda f=f: f(z).backward(g) for name, f in candidates.items() if "row by" not in name}
+        row_by_row, at_once = {}, {}
+        for name, f in candidates.items():
+            those = row_by_row if "row by" in name else at_once
+            those[name] = lambda f=f: f(z).backward(g)
         seconds = race(at_once, 5 * rounds)
-        seconds |= race(row_by_row, min(rounds, 3))            # it takes a second
+        seconds |= race(row_by_row, min(rounds, 3))  # it takes a second
         for name, s in seconds.items():
             rows.append(f"| {name} | {shape} | {in_words(s, seconds['torch.softmax'])} |")
     return rows
@@ -215,23 +247,29 @@ def maps(rounds, device):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--whole", action="store_true", help="also a whole run, and the training of its network alone")
+    parser.add_argument("--whole", action="store_true",
+                        help="also a whole run, and the training of its network alone")
     parser.add_argument("--rounds", type=search.positive, default=10)
-    parser.add_argument("--parts", nargs="+", choices=("steps", "memory", "maps"), default=["steps", "memory", "maps"])
+    parser.add_argument("--parts", nargs="+", choices=("steps", "memory", "maps"),
+                        default=["steps", "memory", "maps"])
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark.md"))
     args, rest = parser.parse_known_args()
-    settings, _ = search.settings_of(search.arguments().parse_args([*rest, "--out", "runs/never written"]))
+    options = search.arguments().parse_args([*rest, "--out", "runs/never written"])
+    settings, _ = search.settings_of(options)
     rng = np.random.default_rng(0)
-    pictures = [search.dead_leaves(max(256, settings.scale * settings.patch), rng) for _ in range(8)]
-    pictures = [picture[:len(picture) // settings.scale * settings.scale, :len(picture) // settings.scale * settings.scale]
-                for picture in pictures]
+    pictures = [dead_leaves(max(256, settings.scale * settings.patch), rng) for _ in range(8)]
+    pictures = [crop_to(picture, settings.scale) for picture in pictures]
     pairs = [(degrade(hr, settings.scale), hr) for hr in pictures]
     s = vars(settings)
-    report = [f"# x{s['scale']}, {s['channels']} channels, {s['cells']} cells of {s['positions']}, {s['batch']} patches of "
-              f"{s['patch']}x{s['patch']}, budget {cost_in_words(s['budget'], s['unit'])}, {'bfloat16' if s['bfloat16'] else 'float32'}\n",
-              f"Python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
+    report = [f"# x{s['scale']}, {s['channels']} channels, {s['cells']} cells of {s['positions']}, "
+              f"{s['batch']} patches of {s['patch']}x{s['patch']}, "
+              f"budget {cost_in_words(s['budget'], s['unit'])}, "
+              f"{'bfloat16' if s['bfloat16'] else 'float32'}\n",
+              f"Python {platform.python_version()}, torch {torch.__version__}, "
+              f"{torch.get_num_threads()} threads, "
               f"{search.describe(settings)['hardware']} ({processor()}), {args.rounds} rounds.\n"]
-    parts = {"steps": lambda: step_times(settings, pairs, args.rounds), "memory": lambda: memory(settings, pairs),
+    parts = {"steps": lambda: step_times(settings, pairs, args.rounds),
+             "memory": lambda: memory(settings, pairs),
              "maps": lambda: maps(args.rounds, settings.device)}
     for name in args.parts:
         report += [f"\n## {name}\n", *parts[name]()]
@@ -244,8 +282,10 @@ def main():
 
 
 def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    names = (line.split(": ")[1] for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
 
 
 if __name__ == "__main__":

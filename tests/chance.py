@@ -1,12 +1,18 @@
-"""Did the search find anything that chance would not? The found network against others of the same multiply-adds.
+"""Did the search find anything that chance would not?
 
-    python tests/chance.py --data DIR --benchmark BENCHMARKS --budget 12G --steps 2500 --out table.md
+    python tests/chance.py --data DIR --benchmark BENCHMARKS --budget 12G --steps 2500 --out FILE.md
 
-Same photographs, same patches in the same order, same number of steps, same seeds. Against the network that a search finds:
-five random networks of the space; the best of the five as short trainings choose it, which together take the time of the search;
-two published networks scaled down (same path and operations, fewer channels); residual blocks as one would stack them by hand.
-All within 5 % of the found network's multiply-adds (the scaled and the hand-made ones as near as they come: the table says).
-Each but the first is trained afresh, on all photographs. Workers are processes with one thread each. Other options are search.py's.
+The found network against others of the same multiply-adds: same photographs, same patches in the
+same order, same number of steps, same seeds. The others are
+
+  * five random networks of the space;
+  * the best of the five as short trainings choose it, which together take the time of the search;
+  * two published networks scaled down (same path and operations, fewer channels);
+  * residual blocks as one would stack them by hand.
+
+All lie within 5 % of the found network's multiply-adds (the scaled and the hand-made ones as near
+as they come: the table says). Each but the first is trained afresh, on all photographs. Workers are
+processes with one thread each. Other options are search.py's.
 """
 import argparse
 import itertools
@@ -25,19 +31,20 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import search
-from evaluate import measure, sets_in, super_resolve, write_whole
-from search_space import Network, Space, published, widths_of
+from evaluate import measure, sets_in, super_resolve
+from search_space import Architecture, Network, Space, published, widths_of, write_whole
+from supernet import Weights
 
 RANDOM = 5
-CACHE = {}                                                     # a worker's photographs
+CACHE = {}  # a worker's photographs, and what the parts of a network cost
 
 
 def start(settings, seed, architecture=None) -> search.Run:
-    """A Run before its first step: of a search, or, if an architecture is given, of training that network afresh."""
+    """A Run before its first step: of a search, or of training `architecture` afresh."""
     settings = argparse.Namespace(**vars(settings) | dict(seed=seed))
-    run = search.Run(settings, Path("unused"))
+    run = search.Run(settings, Path("unused"), CACHE["costs"])
     data = CACHE["data"]
-    order = torch.randperm(len(data.whole.areas), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(data.whole.pairs), generator=torch.Generator().manual_seed(seed))
     run.data = search.Data(data.whole, data.whole.only(order[::2]), data.whole.only(order[1::2]))
     if architecture:
         torch.manual_seed(seed)
@@ -54,7 +61,7 @@ def advance(run, until=None, seconds=float("inf")):
             group["lr"] = s.rate * search.learning_rate_at(run.step, s.search, s.steps)
         if run.supernet:
             weights = run.search_step(search.progress_at(run.step, s.search))[0]
-            run.sum = weights if run.sum is None else search.Weights(*map(torch.add, run.sum, weights))
+            run.sum = weights if run.sum is None else Weights(*map(torch.add, run.sum, weights))
         else:
             run.training_step()
         run.step += 1
@@ -66,11 +73,17 @@ def quality(run) -> list[float]:
     """PSNR-Y on each benchmark set."""
     network = run.network.eval()
     scale = network.architecture.scale
-    return [float(np.mean([row[1] for row in measure(lambda lr: super_resolve(network, lr), each, scale)])) for each in CACHE["sets"]]
+    def upscale(lr):
+        return super_resolve(network, lr)
+    return [float(np.mean([row[1] for row in measure(upscale, each, scale)]))
+            for each in CACHE["sets"]]
 
 
 def searched(settings, seed):
-    """-> the found architecture, seconds of the search, quality of the run that found it and went on training."""
+    """-> the found architecture, seconds of the search, quality of the run that found it.
+
+    (That run went on training.)
+    """
     run = start(settings, seed)
     seconds = advance(run, settings.search)
     run.hand_over()
@@ -85,7 +98,10 @@ def trained(settings, seed, architecture):
 
 
 def chosen(settings, seed, architectures, seconds) -> int:
-    """Which of them is best after its share of the time, on a large batch that none has seen in that order."""
+    """Which of them is best after its share of the time.
+
+    Judged on a large batch that none has seen in that order.
+    """
     errors = []
     for architecture in architectures:
         run = start(settings, seed, architecture)
@@ -96,7 +112,7 @@ def chosen(settings, seed, architectures, seconds) -> int:
     return int(np.argmin(errors))
 
 
-# --- The others ----------------------------------------------------------------------------------------------------
+# --- The others -----------------------------------------------------------------------------------
 
 def random_networks(space: Space, cost: float, rng: random.Random):
     """RANDOM different networks within 5 %; ValueError if so many do not come up."""
@@ -107,23 +123,31 @@ def random_networks(space: Space, cost: float, rng: random.Random):
             found[a] = None
         if len(found) == RANDOM:
             return list(found)
-    raise ValueError(f"of {cost / 1e9:.3g}G multiply-adds within 5 % there are hardly {RANDOM} networks: enlarge the space")
+    raise ValueError(f"of {cost / 1e9:.3g}G multiply-adds within 5 % there are hardly {RANDOM} "
+                     "networks: enlarge the space")
 
 
 def scaled(name: str, scale: int, cost: float):
-    """The published network `name` at another scale and size: path and operations kept, all widths times one factor."""
+    """The published network `name` at another scale and size.
+
+    Path and operations are kept, all widths times one factor.
+    """
     a, choices = published(name), []
     for channels in range(16, a.channels + 1, 8):
         allowed = np.array(widths_of(channels))
         for factor in np.linspace(0.1, 1, 46):
-            widths = tuple(tuple(int(allowed[np.abs(allowed - factor * w).argmin()]) for w in cell) for cell in a.widths)
+            widths = tuple(tuple(int(allowed[np.abs(allowed - factor * w).argmin()]) for w in cell)
+                           for cell in a.widths)
             choices.append(replace(a, scale=scale, channels=channels, widths=widths, output="skip"))
     return min(choices, key=lambda b: abs(b.multiply_adds() - cost))
 
 
 def by_hand(space: Space, cost: float):
-    """Residual blocks in a row, as one stacks them by hand (EDSR): one to a cell, no wider than the space, two at least."""
-    choices = [search.Architecture(space.scale, channels, "c" * n, (("residual",),) * n, ((),) * n)
+    """Residual blocks in a row, as one stacks them by hand (EDSR).
+
+    One to a cell, no wider than the space, two at least.
+    """
+    choices = [Architecture(space.scale, channels, "c" * n, (("residual",),) * n, ((),) * n)
                for channels in range(16, space.channels + 1, 8) for n in range(2, 17)]
     return min(choices, key=lambda b: abs(b.multiply_adds() - cost))
 
@@ -136,56 +160,77 @@ def task(arguments):
 def main():
     parser = search.arguments()
     add = parser.add_argument_group("the comparison").add_argument
-    add("--benchmark", nargs="+", required=True, metavar="DIR", help="sets to measure on, as evaluate.py takes them")
+    add("--benchmark", nargs="+", required=True, metavar="DIR",
+        help="sets to measure on, as evaluate.py takes them")
     add("--seeds", type=int, default=3)
     add("--workers", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     benchmark, seeds, workers, out = args.benchmark, range(args.seeds), args.workers, args.out
     for name in ("benchmark", "seeds", "workers"):
         delattr(args, name)
-    args.out, args.device = Path("unused"), "cpu"              # workers are forks of this process, which CUDA does not allow
+    # Workers are forks of this process, which CUDA does not allow.
+    args.out, args.device = Path("unused"), "cpu"
     settings, _ = search.settings_of(args)
     torch.set_num_threads(1)
-    CACHE["data"], CACHE["sets"] = search.load_data(settings), [each for folder in benchmark for each in sets_in(folder)]
+    CACHE["data"] = search.load_data(settings)
+    CACHE["sets"] = [each for folder in benchmark for each in sets_in(folder)]
+    CACHE["costs"] = search.Run(settings, Path("unused")).costs
     sets = [each.resolve().name for each in CACHE["sets"]]
     space = Space(settings.scale, settings.channels, settings.cells, settings.positions)
-    rows = {}                                                  # name -> one list of PSNRs for each seed
+    rows = {}  # name -> one list of PSNRs for each seed
 
-    with multiprocessing.get_context("fork").Pool(workers) as pool:            # children share the photographs
-        found = list(tqdm(pool.imap(task, [(searched, settings, seed) for seed in seeds]), total=len(seeds), desc="searches"))
+    with multiprocessing.get_context("fork").Pool(workers) as pool:  # who share the photographs
+        jobs = [(searched, settings, seed) for seed in seeds]
+        found = list(tqdm(pool.imap(task, jobs), total=len(jobs), desc="searches"))
         jobs, randoms, contenders = [], [], {}
         for seed, (a, _, psnr) in zip(seeds, found):
             rows.setdefault("found: search, then training", []).append(psnr)
             randoms.append(random_networks(space, a.multiply_adds(), random.Random(seed)))
-            contenders[seed] = {"found, trained afresh": a} | {f"random {i + 1}": r for i, r in enumerate(randoms[-1])}
-            contenders[seed] |= {f"{name}, scaled": scaled(name, settings.scale, a.multiply_adds()) for name in ("B-1", "B-2")}
+            contenders[seed] = {"found, trained afresh": a}
+            contenders[seed] |= {f"random {i + 1}": r for i, r in enumerate(randoms[-1])}
+            contenders[seed] |= {
+                f"{name}, scaled": scaled(name, settings.scale, a.multiply_adds())
+                for name in ("B-1", "B-2")}
             contenders[seed]["residual blocks by hand"] = by_hand(space, a.multiply_adds())
             jobs += [(trained, settings, seed, b) for b in contenders[seed].values()]
-        jobs += [(chosen, settings, seed, each, f[1]) for seed, each, f in zip(seeds, randoms, found)]
+        jobs += [(chosen, settings, seed, each, f[1])
+                 for seed, each, f in zip(seeds, randoms, found)]
         done = iter(list(tqdm(pool.imap(task, jobs), total=len(jobs), desc="networks")))
     for seed in seeds:
         for name in contenders[seed]:
             rows.setdefault(name, []).append(next(done))
-    each_random = [rows.pop(f"random {i + 1}") for i in range(RANDOM)]         # (RANDOM, seeds, sets)
+    each_random = [rows.pop(f"random {i + 1}") for i in range(RANDOM)]  # (RANDOM, seeds, sets)
     rows["five random ones, mean"] = np.mean(each_random, 0)
-    rows["the best of the five, by short trainings"] = [each_random[next(done)][k] for k in range(len(seeds))]
+    rows["the best of the five, by short trainings"] = [each_random[next(done)][k]
+                                                        for k in range(len(seeds))]
     rows["the best of the five, in hindsight"] = np.max(each_random, 0)
 
     def spread(values):
-        return f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else "")
-    lines = [f"PSNR-Y in dB, mean ± standard deviation over {len(seeds)} seeds; x{settings.scale}, {settings.steps} steps of "
-             f"{settings.batch} patches of {settings.patch}x{settings.patch}, the first {settings.search} of them the search's where "
-             f"there is one (median {np.median([f[1] for f in found]):.0f} s). {len(CACHE['data'].whole.areas)} photographs; "
+        deviation = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+        return f"{np.mean(values):.2f}{deviation}"
+    seconds = np.median([f[1] for f in found])
+    lines = [f"PSNR-Y in dB, mean ± standard deviation over {len(seeds)} seeds; "
+             f"x{settings.scale}, {settings.steps} steps of {settings.batch} patches of "
+             f"{settings.patch}x{settings.patch}, the first {settings.search} of them the search's "
+             f"where there is one (median {seconds:.0f} s). "
+             f"{len(CACHE['data'].whole.pairs)} photographs; "
              f"Python {platform.python_version()}, torch {torch.__version__}, one thread each.", "",
              "| network | " + " | ".join(sets) + " |", "|---|" + "---:|" * len(sets)]
-    lines += [f"| {name} | " + " | ".join(map(spread, zip(*row))) + " |" for name, row in rows.items()]
-    lines += ["", "Random ones, all: " + ", ".join(f"{r[0]:.2f}" for r in itertools.chain(*each_random)) + f" on {sets[0]}.", "",
-              "| seed | network | path | operations | widths | multiply-adds | " + " | ".join(sets) + " |", "|---|---|---|---|---|---:|" + "---:|" * len(sets)]
-    table = {name: iter(row) for name, row in rows.items()} | {f"random {i + 1}": iter(r) for i, r in enumerate(each_random)}
+    lines += [f"| {name} | " + " | ".join(map(spread, zip(*row))) + " |"
+              for name, row in rows.items()]
+    scores = ", ".join(f"{r[0]:.2f}" for r in itertools.chain(*each_random))
+    lines += ["", f"Random ones, all: {scores} on {sets[0]}.", "",
+              "| seed | network | path | operations | widths | multiply-adds | "
+              + " | ".join(sets) + " |",
+              "|---|---|---|---|---|---:|" + "---:|" * len(sets)]
+    table = {name: iter(row) for name, row in rows.items()}
+    table |= {f"random {i + 1}": iter(r) for i, r in enumerate(each_random)}
     for seed in seeds:
         for name, a in contenders[seed].items():
-            operations, widths = (" / ".join(" ".join(map(str, cell)) for cell in level) for level in (a.operations, a.widths))
-            lines.append(f"| {seed} | {name} | {a.path} | {operations} | {a.channels}: {widths} | {a.multiply_adds() / 1e9:.2f}G | "
+            operations, widths = (" / ".join(" ".join(map(str, cell)) for cell in level)
+                                  for level in (a.operations, a.widths))
+            lines.append(f"| {seed} | {name} | {a.path} | {operations} | {a.channels}: {widths} | "
+                         f"{a.multiply_adds() / 1e9:.2f}G | "
                          + " | ".join(f"{p:.2f}" for p in next(table[name])) + " |")
     text = "\n".join(lines) + "\n"
     print(text)

@@ -1,8 +1,9 @@
 """What must hold for a map onto the simplex: for every entry of ACTIVATIONS, and for yours.
 
-Each check takes a map f(logits, progress) and raises Failed, which prints input / yours / expected. They hold no
-closed forms: what a map must be is said by laws, or by the optimisation problem that defines it, solved slowly.
-TRILEVEL_GRADE_SEED changes all random logits and some of their shapes, so that a class can be graded on cases it has not seen.
+Each check takes a map f(logits, progress) and raises Failed, which prints input / yours / expected.
+They hold no closed forms: what a map must be is said by laws, or by the optimisation problem that
+defines it, solved slowly. TRILEVEL_GRADE_SEED changes all random logits and some of their shapes,
+so that a class can be graded on cases it has not seen.
 """
 import builtins
 import os
@@ -14,7 +15,7 @@ from matplotlib.figure import Figure
 from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsestmax import draw_map, off_simplex
+from sparsestmax import off_simplex
 
 SEED = int(os.environ.get("TRILEVEL_GRADE_SEED", 0))
 PROGRESS = (0.0, 0.15, 0.4, 0.7, 0.95, 1.0)
@@ -31,12 +32,14 @@ def shown(x):
         return str(x)
     if x.numel() > 24:
         return f"{type(x).__name__} of shape {tuple(x.shape)}"
-    rows = [[round(v, 5) for v in row] for row in x.detach().double().reshape(-1, x.shape[-1]).tolist()]
+    rows = [[round(v, 5) for v in row]
+            for row in x.detach().double().reshape(-1, x.shape[-1]).tolist()]
     return str(rows if x.dim() > 1 else rows[0])
 
 
 def logits(seed, *shape, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1000 * SEED + seed), dtype=dtype)
+    generator = torch.Generator().manual_seed(1000 * SEED + seed)
+    return torch.randn(*shape, generator=generator, dtype=dtype)
 
 
 def cases():
@@ -52,7 +55,8 @@ def cases():
 def close(law, z, progress, yours, expected, tolerance):
     """Row by row, so that a failure shows the one row that is wrong."""
     size = z.shape[-1]
-    for row, mine, other in zip(z.reshape(-1, size), yours.reshape(-1, size), expected.reshape(-1, size)):
+    rows = (x.reshape(-1, size) for x in (z, yours, expected))
+    for row, mine, other in zip(*rows):
         if not torch.allclose(mine.double(), other.double(), atol=tolerance, rtol=0):
             raise Failed(law, row, progress, mine, other)
 
@@ -65,32 +69,41 @@ def seeded(f):
     return g
 
 
-# --- The laws ------------------------------------------------------------------------------------------------------
+# --- The laws -------------------------------------------------------------------------------------
 
 def on_the_simplex(f):
     for z, progress in cases():
-        for dtype, tolerance in (torch.float64, 1e-9), (torch.float32, 1e-5), (torch.bfloat16, 0.02):
+        for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-5),
+                                 (torch.bfloat16, 0.02)):
             p = f(z.to(dtype), progress)
             complaint = off_simplex(z.to(dtype), p, tolerance)
             if complaint:
-                row = int(complaint.split()[1].rstrip(",")) if complaint.startswith("row") else slice(None)
-                raise Failed(f"weights are not negative, and sum to 1 ({dtype}): {complaint}", z[row], progress,
-                             p[row] if isinstance(p, torch.Tensor) and p.shape == z.shape else p, "a point of the simplex")
+                row = slice(None)
+                if complaint.startswith("row"):
+                    row = int(complaint.split()[1].rstrip(","))
+                rows = isinstance(p, torch.Tensor) and p.shape == z.shape
+                raise Failed(f"weights are not negative, and sum to 1 ({dtype}): {complaint}",
+                             z[row], progress, p[row] if rows else p, "a point of the simplex")
 
 
 def one_candidate_has_all_the_weight(f):
     for progress in PROGRESS:
-        close("K = 1", logits(1, 5, 1), progress, f(logits(1, 5, 1), progress), torch.ones(5, 1), 1e-12)
+        z = logits(1, 5, 1)
+        close("K = 1", z, progress, f(z, progress), torch.ones(5, 1), 1e-12)
 
 
 def leading_shapes(f):
-    """A batch of any shape is its rows, each by itself. (What a random map draws depends on the shape.)"""
+    """A batch of any shape is its rows, each by itself.
+
+    (What a random map draws depends on the shape.)
+    """
     for shape in ((5,), (3, 4), (2, 3, 2, 5 + SEED % 4)):
         z = logits(2, *shape)
         for progress in PROGRESS:
             p = f(z, progress)
             if "deterministic" in f.promises:
-                rows = torch.stack([f(row, progress) for row in z.reshape(-1, shape[-1])]).reshape(shape)
+                rows = torch.stack([f(row, progress) for row in z.reshape(-1, shape[-1])])
+                rows = rows.reshape(shape)
                 close("a batch is its rows, each by itself", z, progress, p, rows, 1e-9)
 
 
@@ -102,10 +115,12 @@ def deterministic(f):
 def permutation(f):
     """Candidates have no names: to reorder the logits is to reorder the weights."""
     for seed in range(8):
-        z, order = logits(seed, 6, 7), torch.randperm(7, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        z, order = logits(seed, 6, 7), torch.randperm(7, generator=generator)
         for progress in PROGRESS:
             yours, expected = f(z[:, order], progress), f(z, progress)[:, order]
-            close("reordered logits give reordered weights", z[:, order], progress, yours, expected, 1e-9)
+            close("reordered logits give reordered weights", z[:, order], progress, yours, expected,
+                  1e-9)
 
 
 def shift(f):
@@ -115,7 +130,8 @@ def shift(f):
         z = logits(seed, 6, 5)
         for progress in PROGRESS:
             yours, expected = g(z + 3.25, progress), g(z, progress)
-            close("a number added to all logits changes nothing", z + 3.25, progress, yours, expected, 1e-7)
+            close("a number added to all logits changes nothing", z + 3.25, progress, yours,
+                  expected, 1e-7)
 
 
 def order(f):
@@ -134,8 +150,10 @@ def one_hot_at_the_end(f):
     for z, _ in cases():
         expected = torch.zeros_like(z)
         for i, row in enumerate(z):
-            expected[i, row.tolist().index(row.max().item())] = 1      # the first, where several are largest
-        close("at progress 1 the first of the largest logits has weight 1, exactly", z, 1.0, f(z, 1.0), expected, 0)
+            first = row.tolist().index(row.max().item())  # where several are largest
+            expected[i, first] = 1
+        close("at progress 1 the first of the largest logits has weight 1, exactly", z, 1.0,
+              f(z, 1.0), expected, 0)
 
 
 def gradient(f):
@@ -145,31 +163,36 @@ def gradient(f):
             z = logits(seed, 3, 3 + (SEED + seed) % 4).requires_grad_()
             try:
                 gradcheck(lambda z: f(z, progress), z, eps=1e-7, atol=1e-5, nondet_tol=0)
-            except NotImplementedError:                        # which is a RuntimeError too
+            except NotImplementedError:  # which is a RuntimeError too
                 raise
             except RuntimeError as error:
-                raise Failed("autograd's gradient is the slope of the map", z, progress, str(error)[:600],
-                             "the numerical column") from None
+                raise Failed("autograd's gradient is the slope of the map", z, progress,
+                             str(error)[:600], "the numerical column") from None
 
 
 def finite_gradient(f):
     for z, progress in cases():
         z = z.float().requires_grad_()
         p = f(z, progress)
-        if p.requires_grad:                                    # a corner may be a constant
+        if p.requires_grad:  # a corner may be a constant
             (p * torch.arange(z.shape[-1])).sum().backward()
         if z.grad is not None and not z.grad.isfinite().all():
-            raise Failed("the gradient is finite, at ties too", z, progress, z.grad, "finite numbers")
+            raise Failed("the gradient is finite, at ties too", z, progress, z.grad,
+                         "finite numbers")
 
 
 def learns(f):
-    """While candidates are close and the schedule is young, the weights answer to the logits: or no search learns anything."""
+    """While candidates are close and the schedule is young, the weights answer to the logits.
+
+    Or no search learns anything.
+    """
     for seed in range(4):
         z = 0.1 * logits(seed, 3)
         for progress in (0.0, 0.15, 0.3):
             J = torch.autograd.functional.jacobian(lambda z: f(z, progress), z)
             if J.abs().max() < 1e-6:
-                raise Failed("three close candidates answer to their logits", z, progress, J, "slopes that are not all zero")
+                raise Failed("three close candidates answer to their logits", z, progress, J,
+                             "slopes that are not all zero")
 
 
 def thaws(f):
@@ -183,14 +206,17 @@ def thaws(f):
                 J = torch.autograd.functional.jacobian(lambda z: f(z, progress), z)
                 seen += 1
                 if not (J[0, 0] > 1e-4 and J[1, 0] < -1e-4):
-                    raise Failed("the last two survivors still learn", z, progress, J, "d p_1 / d z_1 > 0 > d p_2 / d z_1")
+                    raise Failed("the last two survivors still learn", z, progress, J,
+                                 "d p_1 / d z_1 > 0 > d p_2 / d z_1")
     if not seen:
-        raise Failed("the last two survivors still learn", "(gap, 0, -9), four gaps from .1 on", "0.3, 0.6, 0.9",
-                     "never exactly two survivors", "two of them in one case at least")
+        raise Failed("the last two survivors still learn", "(gap, 0, -9), four gaps from .1 on",
+                     "0.3, 0.6, 0.9", "never exactly two survivors",
+                     "two of them in one case at least")
 
 
-LAWS = {"on the simplex": on_the_simplex, "K = 1": one_candidate_has_all_the_weight, "leading shapes": leading_shapes,
-        "shift": shift, "finite gradient": finite_gradient, "learns": learns}
+LAWS = {"on the simplex": on_the_simplex, "K = 1": one_candidate_has_all_the_weight,
+        "leading shapes": leading_shapes, "shift": shift, "finite gradient": finite_gradient,
+        "learns": learns}
 OF_THE_DETERMINISTIC = {"deterministic": deterministic, "permutation": permutation, "order": order}
 PROMISED = {"one-hot at progress 1": one_hot_at_the_end, "exact gradient": gradient, "thaws": thaws}
 
@@ -203,7 +229,8 @@ def laws_of(f):
                      f'{f.__name__}.promises = {{"deterministic", ...}}')
     unknown = promises - {"deterministic", *PROMISED}
     if unknown:
-        raise Failed("promises that can be checked", "-", "-", unknown, {"deterministic", *PROMISED})
+        raise Failed("promises that can be checked", "-", "-", unknown,
+                     {"deterministic", *PROMISED})
     promised = {name: law for name, law in PROMISED.items() if name in promises}
     return LAWS | (OF_THE_DETERMINISTIC if "deterministic" in promises else {}) | promised
 
@@ -215,7 +242,7 @@ def hold(f, name, law):
     except Failed:
         try:
             draw(f, name)
-        except Exception:                                      # a map that fails may fail here too
+        except Exception:  # a map that fails may fail here too
             pass
         raise
 
@@ -228,12 +255,16 @@ def check(f, **more):
 
 
 def draw(f, law):
-    """The map on the triangle at three moments: in a notebook below the cell, else as a file in runs/."""
+    """The map on the triangle at three moments.
+
+    In a notebook below the cell, else as a file in runs/.
+    """
+    from pictures import draw_map  # in notebooks/
     figure = Figure(figsize=(13, 4.6), layout="constrained")
     for axis, progress in zip(figure.subplots(1, 3), (0.0, 0.5, 0.9)):
         draw_map(axis, f, progress)
         axis.set_title(f"{f.__name__} at progress {progress}")
-    if "get_ipython" in vars(builtins):                        # a notebook
+    if "get_ipython" in vars(builtins):  # a notebook
         from IPython.display import Image, display
         figure.savefig(buffer := BytesIO(), dpi=65)
         display(Image(buffer.getvalue()))
@@ -243,10 +274,13 @@ def draw(f, law):
         print(f"the map is drawn in {path}")
 
 
-# --- The tasks' specifications: what is to be solved, solved slowly ------------------------------------------------
+# --- The tasks' specifications: what is to be solved, solved slowly -------------------------------
 
 def by_bisection(weights_at, z):
-    """Find tau with sum_k weights_at(z, tau)_k = 1, the sum falling in tau; z: (K,) float64 -> (K,)."""
+    """Find tau with sum_k weights_at(z, tau)_k = 1, the sum falling in tau.
+
+    z: (K,) float64 -> (K,).
+    """
     low, high = z.min() - 100, z.max() + 100
     for _ in range(200):
         tau = (low + high) / 2
@@ -255,10 +289,14 @@ def by_bisection(weights_at, z):
 
 
 def against(weights_at, law):
-    """A check of f against a slow specification: weights_at(z, tau, progress), with tau such that the weights sum to 1."""
+    """A check of f against a slow specification.
+
+    weights_at(z, tau, progress), with tau such that the weights sum to 1.
+    """
     def specification(f):
         for z, progress in cases():
-            slow = torch.stack([by_bisection(lambda z, tau: weights_at(z, tau, progress), row) for row in z])
+            slow = torch.stack([by_bisection(lambda z, tau: weights_at(z, tau, progress), row)
+                                for row in z])
             close(law, z, progress, f(z, progress), slow, 1e-7)
     return specification
 

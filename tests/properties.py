@@ -1,4 +1,6 @@
-"""Random spaces, budgets, activations and moments through everything, for as long as you like; what must hold, held?
+"""Random spaces, budgets, activations and moments through everything, for as long as you like.
+
+What must hold, held?
 
     python tests/properties.py --minutes 20
     python tests/properties.py --case 12345                    # one case again, with its traceback
@@ -14,8 +16,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from evaluate import load_run, load_tensors, save_tensors
-from search_space import Architecture, Network, Space, counted_costs, sum_of_parts
+from search_space import (Architecture, Network, Space, counted_costs, load_run, load_tensors,
+                          save_tensors)
 from sparsestmax import ACTIVATIONS
 from supernet import Supernet
 from test_search_space import counted
@@ -24,12 +26,14 @@ from test_search_space import counted
 def case(seed: int, folder: Path):
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    space = Space(rng.choice((2, 3, 4)), rng.choice((16, 24, 32)), rng.randint(1, 3), rng.randint(1, 3),
-                  rng.choice(("early", "plain")), rng.choice(("skip", "tanh")))
+    space = Space(rng.choice((2, 3, 4)), rng.choice((16, 24, 32)), rng.randint(1, 3),
+                  rng.randint(1, 3), rng.choice(("early", "plain")), rng.choice(("skip", "tanh")))
     name = rng.choice(list(ACTIVATIONS))
-    net = Supernet(space, ACTIVATIONS[name], spread=10 ** rng.uniform(-4, 1.5), recompute=rng.random() < 0.3)
+    net = Supernet(space, ACTIVATIONS[name], spread=10 ** rng.uniform(-4, 1.5),
+                   recompute=rng.random() < 0.3)
 
-    # A budget between the cheapest and the dearest network: either it is refused at once, or derive keeps it.
+    # A budget between the cheapest and the dearest network: either it is refused at once, or
+    # derive keeps it.
     low, high = net.cost_range()
     most = rng.uniform(0.5 * low.min(), 1.3 * high.max())
     least = rng.choice((0.8, 0.9)) * most
@@ -44,10 +48,12 @@ def case(seed: int, folder: Path):
     progress = rng.choice((0.0, 1.0, rng.random()))
     weights = net.weights(progress)
     for level in weights:
-        assert (level >= 0).all() and torch.allclose(level.sum(-1), torch.ones(()), atol=1e-5), "off the simplex"
+        assert (level >= 0).all(), "off the simplex"
+        assert torch.allclose(level.sum(-1), torch.ones(()), atol=1e-5), "off the simplex"
     x = torch.rand(rng.randint(1, 2), 3, rng.randint(3, 9), rng.randint(3, 9))
     y = net(x, weights)
-    assert y.shape == (len(x), 3, space.scale * x.shape[2], space.scale * x.shape[3]) and y.isfinite().all(), "the output"
+    size = space.scale * x.shape[2], space.scale * x.shape[3]
+    assert y.shape == (len(x), 3, *size) and y.isfinite().all(), "the output"
     cost = net.cost(weights)
     assert low.min() * (1 - 1e-9) <= cost <= high.max() * (1 + 1e-9), "the cost"
     (y.mean() + 1e-9 * cost.float() + net.order_loss(weights)).backward()
@@ -59,14 +65,17 @@ def case(seed: int, folder: Path):
         a = net.derive(weights, (least, most) if possible else None)
         assert not possible or least <= a.multiply_adds() <= most, "the budget"
         height, width = x.shape[2:]
-        assert a.multiply_adds(height * width) == counted(a, height, width), "torch counts otherwise"
-        assert sum_of_parts(a, counted_costs(space)) == a.multiply_adds(), "the table counts otherwise"
+        count = counted(a, height, width)
+        assert a.multiply_adds(height * width) == count, "torch counts otherwise"
+        assert counted_costs(space).of(a) == a.multiply_adds(), "the table counts otherwise"
         network = net.inherit(a)
         one_hot = all(((w == 0) | (w == 1)).all() for w in weights)
         if one_hot and a == net.derive(weights):
-            assert abs(net.cost(weights).item() - a.multiply_adds()) < 0.5, "the supernet counts otherwise"
+            difference = abs(net.cost(weights).item() - a.multiply_adds())
+            assert difference < 0.5, "the supernet counts otherwise"
             before, after = net(x, weights), network(x)
-            assert (before - after).abs().max() <= 1e-5 * max(1, before.abs().max()), "another function"
+            scale = max(1, before.abs().max())
+            assert (before - after).abs().max() <= 1e-5 * scale, "another function"
 
         # To a file and back.
         assert Architecture.from_json(a.to_json()) == a
@@ -76,16 +85,19 @@ def case(seed: int, folder: Path):
         net.load_state_dict({key: value.clone() for key, value in net.state_dict().items()})
         save_tensors(net.state_dict(), folder / "supernet.pt")
         again = Supernet(space, ACTIVATIONS[name])
-        again.allowed = net.allowed                            # as long as the one that is loaded
+        again.allowed = net.allowed  # as long as the one that is loaded
         again.load_state_dict(load_tensors(folder / "supernet.pt"))
         assert all(torch.equal(p, q) for p, q in zip(net.parameters(), again.parameters()))
-    other = space.random(rng)                                  # and any other network of the space
-    assert Network(other)(x).isfinite().all() and other.parameters() == sum(p.numel() for p in Network(other).parameters())
+    other = space.random(rng)  # and any other network of the space
+    network = Network(other)
+    assert network(x).isfinite().all()
+    assert other.parameters() == sum(p.numel() for p in network.parameters())
     return possible
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Random cases through build, forward, backward, derive, count, save and load.")
+    parser = argparse.ArgumentParser(description="Random cases through build, forward, backward, "
+                                     "derive, count, save and load.")
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--case", type=int, help="only this one")
     args = parser.parse_args()
@@ -100,7 +112,8 @@ def main():
                 failed.append(tried)
                 print(f"case {tried}: {traceback.format_exc().splitlines()[-1]}", flush=True)
             tried += 1
-    print(f"{tried} cases in {args.minutes:g} minutes, {possible} with a budget that can be met; {len(failed)} failed: {failed[:20]}")
+    print(f"{tried} cases in {args.minutes:g} minutes, {possible} with a budget that can be met; "
+          f"{len(failed)} failed: {failed[:20]}")
     sys.exit(bool(failed))
 
 

@@ -1,4 +1,7 @@
-"""Every map of sparsestmax.py keeps its promises; nothing else turns logits into weights; the assignment's tasks."""
+"""Every map of sparsestmax.py keeps its promises; nothing else turns logits into weights.
+
+And the assignment's tasks.
+"""
 import ast
 import importlib.util
 from pathlib import Path
@@ -12,12 +15,13 @@ from sparsestmax import ACTIVATIONS, get_activation
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("name, law", [(name, law) for name, f in ACTIVATIONS.items() for law in checks.laws_of(f)])
+@pytest.mark.parametrize("name, law", [(name, law) for name, f in ACTIVATIONS.items()
+                                       for law in checks.laws_of(f)])
 def test_every_map_keeps_the_laws_and_its_promises(name, law):
     checks.laws_of(ACTIVATIONS[name])[law](ACTIVATIONS[name])
 
 
-# --- The checks find what is wrong ---
+# --- The checks find what is wrong ----------------------------------------------------------------
 
 def broken(f, *promises):
     f.promises = {"deterministic", *promises}
@@ -27,15 +31,19 @@ def broken(f, *promises):
 @pytest.mark.parametrize("law, f", [
     ("on the simplex", broken(lambda z, progress: z.softmax(-1) * 1.01)),
     ("on the simplex", broken(lambda z, progress: z)),
-    ("leading shapes", broken(lambda z, progress: z.softmax(-1) * (2 - len(z) / 5) if z.dim() == 2 else z.softmax(-1))),
+    ("leading shapes", broken(lambda z, progress: z.softmax(-1) * (2 - len(z) / 5) if z.dim() == 2
+                              else z.softmax(-1))),
     ("permutation", broken(lambda z, progress: (z + torch.arange(z.shape[-1])).softmax(-1))),
     ("shift", broken(lambda z, progress: (z ** 3).softmax(-1))),
     ("order", broken(lambda z, progress: (-z).softmax(-1))),
     ("one-hot at progress 1", broken(lambda z, progress: z.softmax(-1), "one-hot at progress 1")),
-    ("exact gradient", broken(lambda z, progress: z.detach().softmax(-1) + 0 * z, "exact gradient")),
-    ("learns", broken(lambda z, progress: torch.eye(z.shape[-1], dtype=z.dtype)[z.argmax(-1)] + 0 * z)),
-    ("thaws", broken(lambda z, progress: ACTIVATIONS["softmax"](z), "thaws")),                      # nobody ever leaves
-    ("thaws", broken(lambda z, progress: ACTIVATIONS["sparsestmax"](z, progress), "thaws"))])       # its last two lock
+    ("exact gradient", broken(lambda z, progress: z.detach().softmax(-1) + 0 * z,
+                              "exact gradient")),
+    ("learns", broken(lambda z, progress: torch.eye(z.shape[-1], dtype=z.dtype)[z.argmax(-1)]
+                      + 0 * z)),
+    ("thaws", broken(lambda z, progress: ACTIVATIONS["softmax"](z), "thaws")),  # nobody ever leaves
+    # Its last two lock.
+    ("thaws", broken(lambda z, progress: ACTIVATIONS["sparsestmax"](z, progress), "thaws"))])
 def test_a_broken_map_is_found(law, f):
     with pytest.raises(checks.Failed, match="(?s)input.*yours.*expected"):
         checks.laws_of(f)[law](f)
@@ -46,24 +54,29 @@ def test_a_failure_is_drawn(tmp_path, monkeypatch, capsys):
     f = broken(lambda z, progress: (-z).softmax(-1))
     with pytest.raises(checks.Failed):
         checks.check(f)
-    assert (tmp_path / "runs" / "failed order.png").stat().st_size > 10_000 and "passed: shift" in capsys.readouterr().out
+    assert (tmp_path / "runs" / "failed order.png").stat().st_size > 10_000
+    assert "passed: shift" in capsys.readouterr().out
 
 
-# --- FILE.py:FUNCTION ---
+# --- FILE.py:FUNCTION -----------------------------------------------------------------------------
 
 def test_a_map_from_a_file(tmp_path):
-    (tmp_path / "maps.py").write_text("def f(logits, progress, dim=-1):\n    return logits.softmax(dim)\n")
+    text = "def f(logits, progress, dim=-1):\n    return logits.softmax(dim)\n"
+    (tmp_path / "maps.py").write_text(text)
     f = get_activation(f"{tmp_path}/maps.py:f")
     assert torch.equal(f(torch.zeros(4), 0.5), torch.full((4,), 0.25))
 
 
 @pytest.mark.parametrize("body, message", [
-    (None, "there is no file"), ("def g(z, progress): return z", "has no function f"), ("f = 3", "has no function f"),
+    (None, "there is no file"), ("def g(z, progress): return z", "has no function f"),
+    ("f = 3", "has no function f"),
     ("import nothing_like_this", "ModuleNotFoundError"), ("def f(:", "SyntaxError"),
     ("def f(z): return z.softmax(-1)", r"fails as f\(logits of shape \(3, 3\), 0.0\): TypeError"),
-    ("def f(z, progress): return z.softmax(-1) + 0 * z.topk(2).values.sum(-1, True)", r"fails as f\(logits of shape \(2, 1\)"),
+    ("def f(z, progress): return z.softmax(-1) + 0 * z.topk(2).values.sum(-1, True)",
+     r"fails as f\(logits of shape \(2, 1\)"),
     ("def f(z, progress): raise NotImplementedError('task 3')", "not solved yet: task 3"),
-    ("def f(z, progress): return 1", "no tensor but a int"), ("def f(z, progress): return z.sum(-1)", r"shape \(3,\)"),
+    ("def f(z, progress): return 1", "no tensor but a int"),
+    ("def f(z, progress): return z.sum(-1)", r"shape \(3,\)"),
     ("def f(z, progress): return z.softmax(-1).double()", "float64"),
     ("def f(z, progress): return z", r"row 0, logits \[0.3, 0.1, -0.1\], has the weight -0.1"),
     ("def f(z, progress): return z.softmax(-1) / 2", r"row 0, .* sums to 0.5"),
@@ -76,15 +89,19 @@ def test_what_is_no_map_is_refused_in_one_line(tmp_path, body, message):
     assert "\n" not in str(error.value)
 
 
-# --- One call site ---
+# --- One call site --------------------------------------------------------------------------------
 
-NORMALISES = {"softmax", "log_softmax", "softmin", "gumbel_softmax", "sigmoid", "logsigmoid", "normalize", *ACTIVATIONS}
-MAY_TOUCH_LOGITS = {"__init__", "logits", "weights", "order_loss_released", "inherit"}
+NORMALISES = {"softmax", "log_softmax", "softmin", "gumbel_softmax", "sigmoid", "logsigmoid",
+              "normalize", *ACTIVATIONS}
+MAY_TOUCH_LOGITS = {"__init__", "logits", "weights", "inherit"}
 
 
 @pytest.mark.parametrize("module", ["search_space", "supernet", "search", "evaluate"])
 def test_nobody_else_turns_logits_into_weights(module):
-    """Nothing normalises, raw logits are not touched (no argmax of them, then), and one line calls the activation."""
+    """Nothing normalises, raw logits are not touched, and one line calls the activation.
+
+    (Not touched: no argmax of them, then.)
+    """
     tree = ast.parse((ROOT / f"{module}.py").read_text())
     sites = 0
     for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
@@ -94,57 +111,73 @@ def test_nobody_else_turns_logits_into_weights(module):
                 assert name not in NORMALISES, f"{module}.{function.name} calls {name}"
             if isinstance(node, ast.Attribute):
                 owner = ast.unparse(node.value)
-                if node.attr in ("gamma", "alpha", "beta") and owner in ("self", "net", "self.supernet", "run.supernet"):
-                    assert function.name in MAY_TOUCH_LOGITS, f"{module}.{function.name} reads raw logits"
-                if node.attr == "activation" and owner == "self" and function.name not in ("__init__", "read"):
+                raw = node.attr in ("gamma", "alpha", "beta")
+                if raw and owner in ("self", "net", "self.supernet", "run.supernet"):
+                    message = f"{module}.{function.name} reads raw logits"
+                    assert function.name in MAY_TOUCH_LOGITS, message
+                called = node.attr == "activation" and owner == "self"
+                if called and function.name not in ("__init__", "read"):
                     sites += 1
                     assert function.name == "weights"
     assert sites == (module == "supernet")
 
 
-# --- The assignment: `pytest -m task1`, task2, task3. Not part of the plain `pytest`. ---
+# --- The assignment: `pytest -m task1`, task2, task3. Not part of the plain `pytest`. -------------
 
 def load(path):
-    """The module in that file, with the promises that are graded: those are not for the file to say."""
+    """The module in that file, with the promises that are graded.
+
+    Those are not for the file to say.
+    """
     spec = importlib.util.spec_from_file_location("my_map", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     for name in "annealed_softmax", "entmax15":
-        if hasattr(module, name):                              # a file may hold one task only
+        if hasattr(module, name):  # a file may hold one task only
             getattr(module, name).promises = {"deterministic", "exact gradient"}
     if hasattr(module, "my_map"):
-        module.my_map.promises = {*getattr(module.my_map, "promises", ()), "one-hot at progress 1"}        # more, if it likes
+        own = getattr(module.my_map, "promises", ())  # more, if it likes
+        module.my_map.promises = {*own, "one-hot at progress 1"}
     return module
 
 
 @pytest.fixture
 def mine():
-    """Your file. It is read when a task is graded and not before, so that a mistake in it breaks no other test."""
+    """Your file.
+
+    It is read when a task is graded and not before, so that a mistake in it breaks no other test.
+    """
     return load(ROOT / "notebooks/my_map.py")
 
 
 def test_a_map_that_promises_nothing_is_still_graded(tmp_path):
     text = "def NAME(logits, progress):\n    return logits.softmax(-1)\nNAME.promises = set()\n"
-    (tmp_path / "my_map.py").write_text("".join(text.replace("NAME", name) for name in ("annealed_softmax", "entmax15", "my_map")))
+    names = "annealed_softmax", "entmax15", "my_map"
+    (tmp_path / "my_map.py").write_text("".join(text.replace("NAME", name) for name in names))
     softmax = load(tmp_path / "my_map.py")
-    assert "exact gradient" in checks.laws_of(softmax.annealed_softmax) and "exact gradient" in checks.laws_of(softmax.entmax15)
+    assert "exact gradient" in checks.laws_of(softmax.annealed_softmax)
+    assert "exact gradient" in checks.laws_of(softmax.entmax15)
     with pytest.raises(checks.Failed, match="at progress 1"):
         one_hot = checks.laws_of(softmax.my_map)["one-hot at progress 1"]
         one_hot(softmax.my_map)
 
 
 def test_a_file_may_hold_one_task_only(tmp_path):
-    text = "def my_map(logits, progress):\n    return logits.softmax(-1)\nmy_map.promises = ['deterministic']\n"
+    text = ("def my_map(logits, progress):\n    return logits.softmax(-1)\n"
+            "my_map.promises = ['deterministic']\n")
     (tmp_path / "my_map.py").write_text(text)
-    assert load(tmp_path / "my_map.py").my_map.promises == {"deterministic", "one-hot at progress 1"}
+    promises = load(tmp_path / "my_map.py").my_map.promises
+    assert promises == {"deterministic", "one-hot at progress 1"}
 
 
 def no_copy(f):
     """Task 3 asks for a map of your own, which sparsestmax.py does not hold."""
     for name, other in ACTIVATIONS.items():
-        if all(torch.allclose(checks.seeded(f)(z, progress), checks.seeded(other)(z, progress), atol=1e-6)
+        f_seeded, other = checks.seeded(f), checks.seeded(other)
+        if all(torch.allclose(f_seeded(z, progress), other(z, progress), atol=1e-6)
                for z, progress in checks.cases()):
-            raise checks.Failed("a map of your own", "all cases", "any", f"the weights of {name}", "others")
+            raise checks.Failed("a map of your own", "all cases", "any",
+                                f"the weights of {name}", "others")
 
 
 def test_a_copy_is_found():
@@ -154,9 +187,11 @@ def test_a_copy_is_found():
 
 
 # p maximises <p, z> + T H(p): its slope vanishes where p_k = exp((z_k - tau) / T)
-annealed = checks.against(lambda z, tau, progress: ((z - tau) / 0.01 ** progress).clamp(max=50).exp(),
+annealed = checks.against(lambda z, tau, progress:
+                          ((z - tau) / 0.01 ** progress).clamp(max=50).exp(),
                           "the maximum of <p, z> + T H(p), T = 0.01 ** progress")
-# p maximises <p, z> + 4/3 sum_k (p_k - p_k^1.5): its slope vanishes, or p_k is 0, where p_k = max(z_k / 2 - tau, 0)^2
+# p maximises <p, z> + 4/3 sum_k (p_k - p_k^1.5): its slope vanishes, or p_k is 0, where
+# p_k = max(z_k / 2 - tau, 0)^2
 tsallis = checks.against(lambda z, tau, progress: (z / 2 - tau).clamp(min=0) ** 2,
                          "the maximum of <p, z> + 4/3 sum (p - p^1.5)")
 
@@ -165,32 +200,40 @@ def test_a_specification_sees_ties_and_large_logits():
     def right(z, progress):
         return (z / 0.01 ** progress).softmax(-1)
     annealed(right)
-    for where in (lambda z: z[..., :1] == z[..., 1:2]), (lambda z: z.abs().amax(-1, keepdim=True) > 50):
+    for where in (lambda z: z[..., :1] == z[..., 1:2],
+                  lambda z: z.abs().amax(-1, keepdim=True) > 50):
         with pytest.raises(checks.Failed, match="the maximum of"):
-            annealed(lambda z, progress: torch.where(where(z), z.softmax(-1).flip(-1) ** 2, right(z, progress)))
+            annealed(lambda z, progress: torch.where(where(z), z.softmax(-1).flip(-1) ** 2,
+                                                     right(z, progress)))
 
 
 @pytest.mark.task1
-@pytest.mark.parametrize("law", [*checks.LAWS, *checks.OF_THE_DETERMINISTIC, "exact gradient", "specification"])
+@pytest.mark.parametrize("law", [*checks.LAWS, *checks.OF_THE_DETERMINISTIC, "exact gradient",
+                                 "specification"])
 def test_task1(mine, law):
-    checks.hold(mine.annealed_softmax, law, (checks.laws_of(mine.annealed_softmax) | {"specification": annealed})[law])
+    laws = checks.laws_of(mine.annealed_softmax) | {"specification": annealed}
+    checks.hold(mine.annealed_softmax, law, laws[law])
 
 
 @pytest.mark.task2
 def test_task2_one_row(mine):
-    rows = lambda z, progress: torch.stack([mine.entmax15_row(row) for row in z.reshape(-1, z.shape[-1])]).reshape(z.shape)
+    def rows(z, progress):
+        each = [mine.entmax15_row(row) for row in z.reshape(-1, z.shape[-1])]
+        return torch.stack(each).reshape(z.shape)
     tsallis(rows)
 
 
 @pytest.mark.task2
-@pytest.mark.parametrize("law", [*checks.LAWS, *checks.OF_THE_DETERMINISTIC, "exact gradient", "specification", "no loop"])
+@pytest.mark.parametrize("law", [*checks.LAWS, *checks.OF_THE_DETERMINISTIC, "exact gradient",
+                                 "specification", "no loop"])
 def test_task2(mine, law):
     more = {"specification": tsallis, "no loop": checks.no_loop}
     checks.hold(mine.entmax15, law, (checks.laws_of(mine.entmax15) | more)[law])
 
 
 @pytest.mark.task3
-@pytest.mark.parametrize("law", [*checks.LAWS, *checks.OF_THE_DETERMINISTIC, *checks.PROMISED, "no copy"])
+@pytest.mark.parametrize("law", [*checks.LAWS, *checks.OF_THE_DETERMINISTIC, *checks.PROMISED,
+                                 "no copy"])
 def test_task3(mine, law):
     laws = checks.laws_of(mine.my_map) | {"no copy": no_copy}
     if law not in laws:

@@ -1,4 +1,7 @@
-"""Nothing costs a user work, or gives a wrong number silently: kills, full disks, divergence, rubbish, hostile files."""
+"""Nothing costs a user work, or gives a wrong number silently.
+
+Kills, full disks, divergence, rubbish, hostile files.
+"""
 import csv
 import io
 import json
@@ -22,7 +25,9 @@ from PIL import Image
 
 import evaluate
 import search
-from test_search import TINY, photos, run, same_results        # noqa: F401 (photos is a fixture)
+from evaluate import dead_leaves, load_photos
+from search_space import load_tensors
+from test_search import TINY, photos, run, same_results  # noqa: F401 (photos is a fixture)
 
 ROOT = Path(search.__file__).parent
 
@@ -38,11 +43,12 @@ def refused(main, *arguments) -> str:
         sys.stderr = old
     assert stop.value.code == 2, err.getvalue()
     *_, last = err.getvalue().strip().splitlines()
-    assert last.startswith(("search.py: error: ", "evaluate.py: error: ")) and "Traceback" not in err.getvalue()
+    assert last.startswith(("search.py: error: ", "evaluate.py: error: "))
+    assert "Traceback" not in err.getvalue()
     return last
 
 
-# --- Kills ---------------------------------------------------------------------------------------------------------
+# --- Kills ----------------------------------------------------------------------------------------
 
 # Imports once; then each attempt is a child of its own, killed after a random time.
 KILLER = """
@@ -50,9 +56,9 @@ import os, random, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
 import search
-search.SAVE_SECONDS = 0                                        # a checkpoint after every step
+search.SAVE_SECONDS = 0  # a checkpoint after every step
 
-def attempt(options, out, delay=None):                        # -> seconds to the first checkpoint and to the end, status
+def attempt(options, out, delay=None):  # -> seconds to the first checkpoint and to the end, status
     begun, child, ready = time.time(), os.fork(), None
     if child == 0:
         search.main([*options, "--out", str(out)])
@@ -71,12 +77,13 @@ ready, whole, status = attempt(options, straight)
 assert status == 0
 rng, killed, tried = random.Random(0), 0, 0
 while killed < 20:
-    tried += 1                                                 # ever more patience, should the machine have become slow
+    tried += 1  # ever more patience, should the machine have become slow
     begun = any((out / name).exists() for name in search.CHECKPOINTS)
-    delay = 0.9 * ready + rng.uniform(0, 0.2) * (whole - ready) + 0.02 * tried * whole * (not begun)
+    patience = 0.02 * tried * whole * (not begun)
+    delay = 0.9 * ready + rng.uniform(0, 0.2) * (whole - ready) + patience
     _, _, status = attempt(["--resume"] if begun else options, out, delay)
     assert status in (0, signal.SIGKILL), status
-    if status == 0:                                            # it came to its end: from now on kill earlier
+    if status == 0:  # it came to its end: from now on kill earlier
         ready, whole = 0.7 * ready, 0.7 * whole
     killed += begun and status != 0
 assert attempt(["--resume"], out)[-1] == 0
@@ -84,16 +91,19 @@ assert attempt(["--resume"], out)[-1] == 0
 
 
 def test_twenty_kills_change_no_bit(tmp_path, photos):
-    options = [*TINY, "--data", str(photos), "--budget", "2G", "--seed", "3", "--search", "30", "--steps", "60"]
-    script = KILLER.format(root=str(ROOT), options=options, straight=str(tmp_path / "straight"), out=str(tmp_path / "killed"))
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+    options = [*TINY, "--data", str(photos), "--budget", "2G", "--seed", "3", "--search", "30",
+               "--steps", "60"]
+    script = KILLER.format(root=str(ROOT), options=options, straight=str(tmp_path / "straight"),
+                           out=str(tmp_path / "killed"))
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
+                            timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr[-3000:]
     same_results(tmp_path / "straight", tmp_path / "killed")
 
 
 def test_a_run_killed_before_its_first_checkpoint_is_begun_anew(tmp_path, photos):
-    straight, out = run(tmp_path / "straight", "--data", photos, "--budget", "2G"), tmp_path / "killed"
+    straight, out = tmp_path / "straight", tmp_path / "killed"
+    run(straight, "--data", photos, "--budget", "2G")
     out.mkdir()
     for name in ".settings.part.json", ".checkpoint.part.pt":
         (out / name).write_text("half of")
@@ -104,7 +114,8 @@ def test_a_run_killed_before_its_first_checkpoint_is_begun_anew(tmp_path, photos
 
 def test_settings_of_somebody_else_are_not_written_over(tmp_path, photos):
     (tmp_path / "settings.json").write_text('{"mine": "years of work"}')
-    assert "is not empty" in refused(search.main, *TINY, "--data", photos, "--budget", "2G", "--out", tmp_path)
+    line = refused(search.main, *TINY, "--data", photos, "--budget", "2G", "--out", tmp_path)
+    assert "is not empty" in line
     assert "years of work" in (tmp_path / "settings.json").read_text()
 
 
@@ -115,8 +126,11 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, photos, cap
     for damage in whole[:-1000], whole[:100], b"", whole[:5000] + bytes(5000) + whole[10000:]:
         newest.write_bytes(damage)
         keep = before.read_bytes()
-        with monkeypatch.context() as patch:                   # the disk is full at the next save: the sound one is still there
-            patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+
+        def full(descriptor):
+            raise OSError(28, "No space left on device")
+        with monkeypatch.context() as patch:  # full at the next save: the sound one is still there
+            patch.setattr(os, "fsync", full)
             assert "No space left" in refused(search.main, "--resume", "--out", out)
         assert before.read_bytes() == keep and (out / search.DAMAGED).read_bytes() == damage
         newest.write_bytes(damage)
@@ -126,7 +140,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, photos, cap
         same_results(straight, out)
         assert before.read_bytes() == keep
     (out / search.DAMAGED).unlink()
-    newest.unlink()                                            # killed between two renames
+    newest.unlink()  # killed between two renames
     search.main(["--resume", "--out", str(out)])
     same_results(straight, out)
     for path in newest, before:
@@ -135,41 +149,49 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, photos, cap
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("seconds", [0.0, 1.5])                # while pictures are made, and later
+@pytest.mark.parametrize("seconds", [0.0, 1.5])  # while pictures are made, and later
 def test_signals_end_in_one_line(tmp_path, number, status, seconds):
-    # The first line tells when Python has done importing; a signal before that is Python's own affair.
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import search; print('ready', flush=True); search.main()"
-    process = subprocess.Popen([sys.executable, "-c", code, *TINY, "--out", str(tmp_path / "a"), "--steps", "100000"],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # The first line tells when Python has done importing; a signal before that is Python's own
+    # affair.
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import search; "
+            "print('ready', flush=True); search.main()")
+    command = [sys.executable, "-c", code, *TINY, "--out", str(tmp_path / "a"), "--steps", "100000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.readline()
     time.sleep(0.3 + seconds)
     process.send_signal(number)
     error = process.communicate(timeout=60)[1]
-    assert process.returncode == status and "Traceback" not in error and "interrupted" in error.splitlines()[-1]
+    assert process.returncode == status and "Traceback" not in error
+    assert "interrupted" in error.splitlines()[-1]
     if (tmp_path / "a" / "checkpoint.pt").exists():
         assert "go on with: python search.py --resume --out" in error
 
 
-# --- Disks ---------------------------------------------------------------------------------------------------------
+# --- Disks ----------------------------------------------------------------------------------------
 
 def test_a_full_disk_is_one_line_and_spares_what_was_saved(tmp_path, photos):
     out = tmp_path / "a"
     command = [sys.executable, str(ROOT / "search.py")]
-    short = subprocess.run([*command, *TINY, "--out", str(out), "--data", str(photos), "--budget", "2G"], capture_output=True)
+    short = subprocess.run([*command, *TINY, "--out", str(out), "--data", str(photos),
+                            "--budget", "2G"], capture_output=True)
     assert short.returncode == 0
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    for limit in 1000, len(before["checkpoint.pt"]) // 2:      # bytes a file may have: no file of that size fits any more
-        full = subprocess.run([*command, "--resume", "--out", str(out)], capture_output=True, text=True,
-                              preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    for limit in 1000, len(before["checkpoint.pt"]) // 2:  # bytes that a file may have at most
+        full = subprocess.run(
+            [*command, "--resume", "--out", str(out)], capture_output=True, text=True,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
         assert full.returncode == 2 and "Traceback" not in full.stderr
-        assert "File too large" in full.stderr.splitlines()[-1] and "--resume" in full.stderr.splitlines()[-1]
-        for name in "checkpoint.pt", "checkpoint.before.pt", "network.pt", "architecture.json", "settings.json":
+        last = full.stderr.splitlines()[-1]
+        assert "File too large" in last and "--resume" in last
+        for name in ("checkpoint.pt", "checkpoint.before.pt", "network.pt", "architecture.json",
+                     "settings.json"):
             assert (out / name).read_bytes() == before[name]
-        assert not list(out.glob(".*"))                        # no halves
+        assert not list(out.glob(".*"))  # no halves
 
 
 def test_folders_that_cannot_be_written_or_vanish(tmp_path, photos, monkeypatch):
-    assert "error" in refused(search.main, *TINY, "--data", photos, "--budget", "2G", "--out", "/proc/nowhere/run")
+    options = [*TINY, "--data", photos, "--budget", "2G"]
+    assert "error" in refused(search.main, *options, "--out", "/proc/nowhere/run")
     (tmp_path / "file").touch()
     assert "is a file" in refused(search.main, *TINY, "--out", tmp_path / "file")
     out, step = tmp_path / "a", search.Run.training_step
@@ -178,7 +200,7 @@ def test_folders_that_cannot_be_written_or_vanish(tmp_path, photos, monkeypatch)
         step(self)
         shutil.rmtree(out, ignore_errors=True)
     monkeypatch.setattr(search.Run, "training_step", vanish)
-    assert "No such file" in refused(search.main, *TINY, "--data", photos, "--budget", "2G", "--out", out)
+    assert "No such file" in refused(search.main, *options, "--out", out)
     monkeypatch.undo()
     data = shutil.copytree(photos, tmp_path / "data")
     run(out, "--data", data, "--budget", "2G")
@@ -186,11 +208,12 @@ def test_folders_that_cannot_be_written_or_vanish(tmp_path, photos, monkeypatch)
     assert "data is not a folder" in refused(search.main, "--resume", "--out", out)
 
 
-# --- Divergence ----------------------------------------------------------------------------------------------------
+# --- Divergence -----------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("at, who", [(2, "supernet's weights"), (5, "supernet's logits"), (18, "found network's weights")])
+@pytest.mark.parametrize("at, who", [(2, "supernet's weights"), (5, "supernet's logits"),
+                                     (18, "found network's weights")])
 def test_a_bad_loss_is_not_learned_from(tmp_path, photos, monkeypatch, capsys, at, who):
-    """The at-th batch holds one NaN: back to the checkpoint, half the rate, and the run ends well."""
+    """The at-th batch holds one NaN: back to the checkpoint, half the rate, and a good end."""
     monkeypatch.setattr(search, "SAVE_SECONDS", 0)
     batch, calls = search.Patches.batch, []
 
@@ -204,15 +227,20 @@ def test_a_bad_loss_is_not_learned_from(tmp_path, photos, monkeypatch, capsys, a
     monkeypatch.setattr(search.Patches, "batch", poisoned)
     out = run(tmp_path / "a", "--data", photos, "--budget", "2G")
     error = capsys.readouterr().err
-    assert f"the loss of the {who} is nan: back to step" in error and "half the learning rate" in error
+    assert f"the loss of the {who} is nan: back to step" in error
+    assert "half the learning rate" in error
     assert json.loads((out / "results.json").read_text())["halvings"] == 1
     rows = list(csv.DictReader((out / "history.csv").open()))
-    assert [int(row["step"]) for row in rows] == list(range(1, 15)) and "nan" not in (out / "history.csv").read_text()
+    assert [int(row["step"]) for row in rows] == list(range(1, 15))
+    assert "nan" not in (out / "history.csv").read_text()
 
 
 @pytest.mark.parametrize("at, steps", [(10, 5000), (13, 14)])  # in the middle, and the last step
 def test_a_signal_beside_a_bad_loss_is_heeded(tmp_path, photos, monkeypatch, capsys, at, steps):
-    """The step in which SIGTERM comes has a loss that is no number: nothing to save, and still the run ends."""
+    """The step in which SIGTERM comes has a loss that is no number.
+
+    There is nothing to save, and still the run ends.
+    """
     loss = search.Run.loss
 
     def ill_fated(self, *args):
@@ -227,7 +255,8 @@ def test_a_signal_beside_a_bad_loss_is_heeded(tmp_path, photos, monkeypatch, cap
     assert not (tmp_path / "a" / "network.pt").exists()
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), PermissionError(13, "Permission denied")])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."),
+                                   PermissionError(13, "Permission denied")])
 def test_what_says_nothing_against_a_checkpoint_leaves_it(tmp_path, photos, monkeypatch, error):
     out = run(tmp_path / "a", "--data", photos, "--budget", "2G")
 
@@ -240,7 +269,8 @@ def test_what_says_nothing_against_a_checkpoint_leaves_it(tmp_path, photos, monk
 
 
 def test_only_memory_is_out_of_memory():
-    for text in "CUDA error: an illegal memory access was encountered", "unsupported memory format option Preserve":
+    for text in ("CUDA error: an illegal memory access was encountered",
+                 "unsupported memory format option Preserve"):
         with pytest.raises(RuntimeError, match=text):
             evaluate.out_of_memory(RuntimeError(text))
 
@@ -254,7 +284,8 @@ def test_memory_that_does_not_suffice_is_one_line(tmp_path, photos, finished, mo
     def greedy(self, *args):
         return torch.empty(2 ** 60, dtype=torch.uint8)
     monkeypatch.setattr(search.Run, "loss", greedy)
-    assert "smaller --batch or --patch" in refused(search.main, *TINY, "--data", photos, "--budget", "2G", "--out", tmp_path / "a")
+    line = refused(search.main, *TINY, "--data", photos, "--budget", "2G", "--out", tmp_path / "a")
+    assert "smaller --batch or --patch" in line
     for error in MemoryError(), torch.OutOfMemoryError("CUDA out of memory."):
         def fail(*args, **options):
             raise error
@@ -264,11 +295,16 @@ def test_memory_that_does_not_suffice_is_one_line(tmp_path, photos, finished, mo
 
 def test_a_run_that_keeps_diverging_gives_up(tmp_path, photos, monkeypatch):
     loss = search.Run.loss
-    monkeypatch.setattr(search.Run, "loss", lambda self, *args: loss(self, *args) * (torch.inf if self.step > 9 else 1))
+
+    def ill_fated(self, *args):
+        return loss(self, *args) * (torch.inf if self.step > 9 else 1)
+    monkeypatch.setattr(search.Run, "loss", ill_fated)
     line = refused(search.main, *TINY, "--data", photos, "--budget", "2G", "--out", tmp_path / "a")
-    assert "step 10: the loss of the found network's weights is inf" in line and "3 times" in line and "lower --rate" in line
-    state = evaluate.load_tensors(tmp_path / "a" / "checkpoint.pt")
-    assert all(tensor.isfinite().all() for tensor in (state.get("network") or state["supernet"]).values())
+    assert "step 10: the loss of the found network's weights is inf" in line
+    assert "3 times" in line and "lower --rate" in line
+    state = load_tensors(tmp_path / "a" / "checkpoint.pt")
+    tensors = (state.get("network") or state["supernet"]).values()
+    assert all(tensor.isfinite().all() for tensor in tensors)
 
 
 def test_a_bad_step_leaves_everything_as_it_was(tmp_path, photos):
@@ -276,29 +312,35 @@ def test_a_bad_step_leaves_everything_as_it_was(tmp_path, photos):
     made = make_run(photos, tmp_path)
     made.search_step(0.5)
     before = [p.detach().clone() for p in made.supernet.parameters()]
-    made.loss = lambda *args: made.supernet.head.weight.sum() * torch.nan + made.supernet.gamma.sum()
+
+    def broken(*args):
+        return made.supernet.head.weight.sum() * torch.nan + made.supernet.gamma.sum()
+    made.loss = broken
     made.search_step(0.5)
     assert all(torch.equal(p, b) for p, b in zip(made.supernet.parameters(), before))
     with pytest.raises(FloatingPointError):
         made.save()
 
 
-# --- Rubbish among the photographs ---------------------------------------------------------------------------------
+# --- Rubbish among the photographs ----------------------------------------------------------------
 
 def png(width, height, rows=b"") -> bytes:
     """A PNG file that claims a size."""
     def chunk(name, data):
-        return len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
+        length, check = len(data).to_bytes(4, "big"), zlib.crc32(name + data).to_bytes(4, "big")
+        return length + name + data + check
     head = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([1, 0, 0, 0, 0])
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows))
+            + chunk(b"IEND", b""))
 
 
 def fill_with_rubbish(folder: Path, count: int) -> list[str]:
     """`count` or more mutilated and odd files; returns the names of those that are sound."""
     rng, folder = random.Random(0), Path(folder)
-    picture = Image.fromarray(search.dead_leaves(64, np.random.default_rng(0)))
+    picture = Image.fromarray(dead_leaves(64, np.random.default_rng(0)))
     sound, encoded = [], {}
-    for ending, options in ("png", {}), ("jpg", dict(quality=90)), ("webp", dict(quality=80)), ("bmp", {}):
+    for ending, options in (("png", {}), ("jpg", dict(quality=90)), ("webp", dict(quality=80)),
+                            ("bmp", {})):
         buffer = io.BytesIO()
         picture.save(buffer, {"jpg": "JPEG"}.get(ending, ending.upper()), **options)
         encoded[ending] = buffer.getvalue()
@@ -317,7 +359,7 @@ def fill_with_rubbish(folder: Path, count: int) -> list[str]:
     keep("animated.png", picture, save_all=True, append_images=[picture.rotate(90)])
     keep("animated.webp", picture, save_all=True, append_images=[picture.rotate(90)])
     exif = Image.Exif()
-    exif[0x0112] = 6                                           # held sideways
+    exif[0x0112] = 6  # held sideways
     keep("rotated.jpg", picture.crop((0, 0, 64, 48)), exif=exif, quality=95)
     (folder / "really a jpeg.png").write_bytes(encoded["jpg"])
     sound.append("really a jpeg.png")
@@ -343,15 +385,15 @@ def fill_with_rubbish(folder: Path, count: int) -> list[str]:
         data = bytearray(encoded[ending])
         how = rng.randrange(4)
         if how == 0:
-            data = data[:rng.randrange(1, len(data))]          # truncated
+            data = data[:rng.randrange(1, len(data))]  # truncated
         elif how == 1:
-            for _ in range(rng.randrange(1, 40)):              # single bytes changed, mostly in the header
+            for _ in range(rng.randrange(1, 40)):  # single bytes changed, mostly in the header
                 data[min(int(rng.expovariate(0.01)), len(data) - 1)] = rng.randrange(256)
         elif how == 2:
             begin = rng.randrange(len(data))
-            data[begin:begin + rng.randrange(1, 500)] = b""    # a hole
+            data[begin:begin + rng.randrange(1, 500)] = b""  # a hole
         else:
-            ending = rng.choice(sorted(encoded))               # whose ending may lie
+            ending = rng.choice(sorted(encoded))  # whose ending may lie
         (folder / f"mutilated {i:03d}.{ending}").write_bytes(data)
     return sound
 
@@ -366,23 +408,30 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def photographs_in(folder) -> list[Path]:
+    """What has the name of one, and is no folder."""
+    return [path for path in folder.iterdir()
+            if path.suffix in evaluate.PHOTOS and not path.is_dir()]
+
+
 def test_rubbish_in_training_photographs(rubbish, capsys):
     folder, sound = rubbish
     before, begun = peak(), time.time()
-    pairs = search.load_photos(str(folder), 2, 8, 0)
+    pairs = load_photos(str(folder), 2, 8, 0)
     error = capsys.readouterr().err
     skipped = [line for line in error.splitlines() if line.startswith("skipped: ")]
-    there = [path for path in folder.iterdir() if path.suffix in evaluate.PHOTOS and not path.is_dir()]
-    assert len(there) > 320 and len(pairs) + len(skipped) == len(there)         # each is used or named
+    there = photographs_in(folder)
+    assert len(there) > 320 and len(pairs) + len(skipped) == len(there)  # each is used or named
     assert not [name for name in sound if name in error] and "notes.txt" not in error
-    for name in "zero.png", "bomb.png", "bomb that is full.png", "loop.png", "pipe.png", "broken link.png", "thin.png", "one pixel":
+    for name in ("zero.png", "bomb.png", "bomb that is full.png", "loop.png", "pipe.png",
+                 "broken link.png", "thin.png", "one pixel"):
         assert any(name in line for line in skipped), name
     assert "Traceback" not in error and time.time() - begun < 120 and peak() - before < 1e9
 
 
 def test_a_photograph_held_sideways_is_read_upright(rubbish):
     hr = evaluate.read_photo(rubbish[0] / "rotated.jpg")
-    upright = np.rot90(search.dead_leaves(64, np.random.default_rng(0))[:48], -1)
+    upright = np.rot90(dead_leaves(64, np.random.default_rng(0))[:48], -1)
     assert hr.shape == (64, 48, 3) and np.abs(hr.astype(int) - upright).mean() < 8
 
 
@@ -396,7 +445,7 @@ def test_rubbish_in_a_benchmark(rubbish, finished, capsys):
     evaluate.main([str(finished), "--benchmark", str(folder)])
     out, error = capsys.readouterr()
     skipped = [line for line in error.splitlines() if line.startswith("skipped: ")]
-    there = [path for path in folder.iterdir() if path.suffix in evaluate.PHOTOS and not path.is_dir()]
+    there = photographs_in(folder)
     assert f"{len(there) - len(skipped)} photographs" in out and "Traceback" not in error
     assert not [name for name in sound if any(name in line for line in skipped)]
     (finished / "benchmark.json").unlink()
@@ -404,18 +453,19 @@ def test_rubbish_in_a_benchmark(rubbish, finished, capsys):
 
 def test_rubbish_to_enlarge(rubbish, finished, tmp_path):
     folder, sound = rubbish
-    good = 0
+    good, large = 0, tmp_path / "large.png"
     for path in sorted(path for path in folder.iterdir() if path.suffix in evaluate.PHOTOS):
         try:
-            evaluate.main([str(finished), "--upscale", str(path), "-o", str(tmp_path / "large.png")])
+            evaluate.main([str(finished), "--upscale", str(path), "-o", str(large)])
             good += 1
         except SystemExit as stop:
-            assert stop.code == 2 and path.name not in sound and not (tmp_path / "large.png").exists(), path
-        (tmp_path / "large.png").unlink(missing_ok=True)
+            assert stop.code == 2 and path.name not in sound, path
+            assert not large.exists(), path
+        large.unlink(missing_ok=True)
     assert good >= len(sound)
 
 
-# --- Files of other people -----------------------------------------------------------------------------------------
+# --- Files of other people ------------------------------------------------------------------------
 
 class Hostile:
     def __reduce__(self):
@@ -429,9 +479,11 @@ def hostile_files(sound: bytes):
     torch.save(Hostile(), buffer)
     yield "the same, saved by torch", buffer.getvalue()
     buffer = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(sound)) as old, zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as new:
+    with (zipfile.ZipFile(io.BytesIO(sound)) as old,
+          zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as new):
         for entry in old.infolist():
-            new.writestr(entry.filename, old.read(entry) + bytes(10 ** 8) * entry.filename.endswith("/0"))
+            more = bytes(10 ** 8) * entry.filename.endswith("/0")
+            new.writestr(entry.filename, old.read(entry) + more)
     yield "one that swells", buffer.getvalue()
     yield "nothing", b""
     yield "text", b"not a network" * 1000
@@ -450,7 +502,8 @@ def test_weights_of_other_people(finished, tmp_path):
         assert "network.pt" in refused(evaluate.main, mine, "--time"), name
     first = next(iter(state))
     for change in ({first: torch.full_like(state[first], torch.nan)}, {"more": torch.zeros(1)},
-                   {first: torch.zeros(1).expand(10 ** 6, 10 ** 6)}, {first: torch.zeros_like(state[first]).to(torch.complex64)}):
+                   {first: torch.zeros(1).expand(10 ** 6, 10 ** 6)},
+                   {first: torch.zeros_like(state[first]).to(torch.complex64)}):
         torch.save(state | change, mine / "network.pt")
         assert "network.pt" in refused(evaluate.main, mine, "--time") or "more" in change, change
     torch.save({key: value for key, value in state.items() if key != first}, mine / "network.pt")
@@ -459,9 +512,12 @@ def test_weights_of_other_people(finished, tmp_path):
 
 
 @pytest.mark.parametrize("change", [
-    dict(path="c" * 10 ** 6), dict(channels=2 ** 31), dict(channels=1e400), dict(scale=True), dict(path=7), dict(path="u"),
-    dict(operations=[["conv3x3"] * 10 ** 5], widths=[[16] * 10 ** 5]), dict(widths="16"), dict(operations=None), dict(more=1),
-    dict(channels=512, path="c" * 64, operations=[["residual"] * 64] * 64, widths=[[512] * 63] * 64)])
+    dict(path="c" * 10 ** 6), dict(channels=2 ** 31), dict(channels=1e400), dict(scale=True),
+    dict(path=7), dict(path="u"),
+    dict(operations=[["conv3x3"] * 10 ** 5], widths=[[16] * 10 ** 5]), dict(widths="16"),
+    dict(operations=None), dict(more=1),
+    dict(channels=512, path="c" * 64, operations=[["residual"] * 64] * 64,
+         widths=[[512] * 63] * 64)])
 def test_architectures_of_other_people(finished, tmp_path, change):
     mine, before = shutil.copytree(finished, tmp_path / "a"), peak()
     fields = json.loads((mine / "architecture.json").read_text()) | change
@@ -484,28 +540,33 @@ def test_checkpoints_and_settings_of_other_people(finished, tmp_path):
         (mine / "checkpoint.pt").write_bytes(data)
         assert "no checkpoint in" in refused(search.main, "--resume", "--out", mine), name
     assert not Path("/tmp/trilevel-was-here").exists()
-    for change in (dict(channels=2 ** 31), dict(cells=10 ** 6), dict(steps="many"), dict(scale=7), dict(budget="banana"), dict(more=1),
-                   dict(activation=5), dict(batch=10 ** 8), dict(seed=-1), dict(device="meta"), dict(bfloat16="yes"), dict(data=["x"]),
+    whole = json.loads((finished / "settings.json").read_text())["settings"]
+    for change in (dict(channels=2 ** 31), dict(cells=10 ** 6), dict(steps="many"), dict(scale=7),
+                   dict(budget="banana"), dict(more=1), dict(activation=5), dict(batch=10 ** 8),
+                   dict(seed=-1), dict(device="meta"), dict(bfloat16="yes"), dict(data=["x"]),
                    dict(help=True), dict(unit="hours"), dict(resume=True)):
-        whole = json.loads((finished / "settings.json").read_text())
-        (mine / "settings.json").write_text(json.dumps(dict(settings=whole["settings"] | change)))
+        (mine / "settings.json").write_text(json.dumps(dict(settings=whole | change)))
         assert len(refused(search.main, "--resume", "--out", mine)) < 500, change
     (mine / "evil.py").write_text(f"open({str(tmp_path / 'was-here')!r}, 'w')")
-    (mine / "settings.json").write_text(json.dumps(dict(settings=whole["settings"] | dict(activation=f"{mine}/evil.py:f"))))
-    assert "add --activation" in refused(search.main, "--resume", "--out", mine) and not (tmp_path / "was-here").exists()
+    evil = whole | dict(activation=f"{mine}/evil.py:f")
+    (mine / "settings.json").write_text(json.dumps(dict(settings=evil)))
+    assert "add --activation" in refused(search.main, "--resume", "--out", mine)
+    assert not (tmp_path / "was-here").exists()
     for text in "", "{}", "[]", '{"settings": 3}', '{"settings": {}}', "[" * 10 ** 5:
         (mine / "settings.json").write_text(text)
-        assert "settings.json is missing or damaged" in refused(search.main, "--resume", "--out", mine)
+        line = refused(search.main, "--resume", "--out", mine)
+        assert "settings.json is missing or damaged" in line
 
 
-# --- Bits ----------------------------------------------------------------------------------------------------------
+# --- Bits -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_same_seed_gives_the_same_bits(tmp_path, photos, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        a, b = (run(tmp_path / name, "--data", photos, "--budget", "2G", "--seed", 5) for name in "ab")
+        options = "--data", photos, "--budget", "2G", "--seed", 5
+        a, b = (run(tmp_path / name, *options) for name in "ab")
     finally:
         torch.set_num_threads(before)
     same_results(a, b)

@@ -1,4 +1,7 @@
-"""Three ways to count a network agree: the formula, torch's counter and, in test_supernet.py, the differentiable cost."""
+"""Three ways to count a network agree: the formula, torch's counter and the differentiable cost.
+
+(The last of them in test_supernet.py.)
+"""
 import dataclasses
 import json
 import random
@@ -10,9 +13,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import search_space
-from search_space import (OPERATIONS, PUBLISHED, Architecture, Network, Space, Up, counted_costs, draw_architecture,
-                          measured_costs, milliseconds, published, sum_of_parts)
+import evaluate
+from evaluate import measured_costs, milliseconds
+from search_space import (OPERATIONS, PUBLISHED, Architecture, Network, Space, Up, counted_costs,
+                          draw_architecture, published)
 
 VALID = Space(scale=4).architecture("cuc", [["dws"] * 5] * 2, [[24, 32, 40, 56]] * 2)
 
@@ -23,15 +27,16 @@ def counted(architecture: Architecture, height: int, width: int) -> int:
         network, x = Network(architecture), torch.empty(1, 3, height, width)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             network(x)
-    assert counter.get_total_flops() % 2 == 0                  # it counts a multiply-add as two
+    assert counter.get_total_flops() % 2 == 0  # it counts a multiply-add as two
     return counter.get_total_flops() // 2
 
 
 def random_architectures(count, seed=0):
     rng = random.Random(seed)
     for _ in range(count):
-        space = Space(rng.choice((2, 3, 4)), rng.choice((16, 24, 32, 48, 64)), rng.randint(1, 5), rng.randint(1, 5),
-                      rng.choice(("early", "plain")), rng.choice(("skip", "tanh")))
+        space = Space(rng.choice((2, 3, 4)), rng.choice((16, 24, 32, 48, 64)), rng.randint(1, 5),
+                      rng.randint(1, 5), rng.choice(("early", "plain")),
+                      rng.choice(("skip", "tanh")))
         yield space.random(rng)
 
 
@@ -45,10 +50,11 @@ def test_formula_equals_torch_for_published_and_200_random_networks():
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_networks(name):
     a, (*_, parameters, gmacs) = published(name), PUBLISHED[name]
-    assert a.parameters() == pytest.approx(1e6 * parameters, abs=501)              # to the last digit printed
+    assert a.parameters() == pytest.approx(1e6 * parameters, abs=501)  # to the last digit printed
     assert a.multiply_adds(256 ** 2) == pytest.approx(1e9 * gmacs, rel=0.005)
-    biases = 256 ** 2 * sum(biases * pixels for _, biases, pixels in a.layers())   # the whole remainder, to that digit
-    assert a.multiply_adds(256 ** 2) + biases == pytest.approx(1e9 * gmacs, abs=5e6 if name[0] == "B" else 5e7)
+    biases = 256 ** 2 * sum(layer.biases * layer.m ** 2 for layer in a.layers())
+    tolerance = 5e6 if name[0] == "B" else 5e7  # biases are the whole remainder, to that digit
+    assert a.multiply_adds(256 ** 2) + biases == pytest.approx(1e9 * gmacs, abs=tolerance)
 
 
 def test_tree_at_full_size():
@@ -57,13 +63,22 @@ def test_tree_at_full_size():
         cells = sum(node[-1] == "c" for node in space.nodes)
         assert (len(space.nodes), cells, len(space.nodes) - cells, len(space.leaves)) == counts
         assert len(set(space.nodes)) == len(space.nodes)
-        assert all(node[:-1] in space.nodes[:i] for i, node in enumerate(space.nodes) if i)   # parents come first
+        for i, node in enumerate(space.nodes):
+            assert not i or node[:-1] in space.nodes[:i]  # parents come first
+
+
+def test_layers_add_up_and_chain():
+    """A network holds what its layers hold, and each layer takes what the one before gives."""
+    for a in random_architectures(50, seed=2):
+        layers = list(a.layers())
+        assert a.parameters() == sum(layer.weights + layer.biases for layer in layers), a
+        assert [layer.c for layer in layers[1:]] == [layer.d for layer in layers[:-1]], a
 
 
 def test_size_counts_every_network():
     space = Space(scale=2, channels=16, cells=2, positions=2)
-    per_cell = 4 ** 2 * 2                                      # two operations, one width out of (8, 16)
-    assert space.size == 3 * per_cell ** 2 + 2 * per_cell      # exits cc, ccu, cuc; and c, cu
+    per_cell = 4 ** 2 * 2  # two operations, one width out of (8, 16)
+    assert space.size == 3 * per_cell ** 2 + 2 * per_cell  # exits cc, ccu, cuc; and c, cu
 
 
 @pytest.mark.parametrize("upsample", ["early", "plain"])
@@ -94,13 +109,16 @@ def test_json_round_trip():
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(scale=5), "scale"), (dict(scale=2), "cannot reach"), (dict(path="ucc"), "begin"), (dict(path="cxc"), "made of"),
-    (dict(path="cuuuc"), "cannot reach"), (dict(path="c" * 10 ** 6), "at most"), (dict(path=7), "path"),
-    (dict(channels=2 ** 31), "channels"), (dict(channels=60), "channels"), (dict(channels="64"), "channels"),
-    (dict(operations=[["conv5x5"] * 5] * 2), "conv5x5"), (dict(operations=[["dws"] * 5]), "2 cells"),
-    (dict(operations=[["dws"] * 4] * 2), "4 operations"), (dict(widths=[[24, 32, 40, 48]] * 2), "48"),
-    (dict(widths=[[24, 32, 40, True]] * 2), "True"), (dict(upsample="late"), "upsample"), (dict(output="none"), "output"),
-    (dict(extra=1), "extra"), (dict(operations=None), "architecture"), (dict(operations=[[["dws"]]] * 2), "operation")])
+    (dict(scale=5), "scale"), (dict(scale=2), "cannot reach"), (dict(path="ucc"), "begin"),
+    (dict(path="cxc"), "made of"), (dict(path="cuuuc"), "cannot reach"),
+    (dict(path="c" * 10 ** 6), "at most"), (dict(path=7), "path"),
+    (dict(channels=2 ** 31), "channels"), (dict(channels=60), "channels"),
+    (dict(channels="64"), "channels"), (dict(operations=[["conv5x5"] * 5] * 2), "conv5x5"),
+    (dict(operations=[["dws"] * 5]), "2 cells"),
+    (dict(operations=[["dws"] * 4] * 2), "4 operations"),
+    (dict(widths=[[24, 32, 40, 48]] * 2), "48"), (dict(widths=[[24, 32, 40, True]] * 2), "True"),
+    (dict(upsample="late"), "upsample"), (dict(output="none"), "output"), (dict(extra=1), "extra"),
+    (dict(operations=None), "architecture"), (dict(operations=[[["dws"]]] * 2), "operation")])
 def test_what_is_wrong_is_said(change, message):
     fields = dataclasses.asdict(VALID) | change
     if change == dict(scale=2):
@@ -126,14 +144,19 @@ def test_picture_shows_every_layer():
 def test_the_sum_of_parts_is_the_count():
     rng = random.Random(1)
     for _ in range(60):
-        space = Space(rng.choice((2, 3, 4)), rng.choice((16, 24, 64)), 3, 3, upsample=rng.choice(("early", "plain")))
+        space = Space(rng.choice((2, 3, 4)), rng.choice((16, 24, 64)), 3, 3,
+                      upsample=rng.choice(("early", "plain")))
         a, costs = space.random(rng), counted_costs(space)
-        assert sum_of_parts(a, costs) == a.multiply_adds()
+        assert costs.of(a) == a.multiply_adds()
 
 
-@pytest.mark.parametrize("scale, upsample", [(2, "early"), (3, "early"), (4, "early"), (4, "plain")])
+@pytest.mark.parametrize("scale, upsample", [(2, "early"), (3, "early"), (4, "early"),
+                                             (4, "plain")])
 def test_a_table_of_times_is_made_of_the_right_parts(monkeypatch, scale, upsample):
-    """With a clock that shows multiply-adds (and twice as many for a whole network) the table must be twice the count."""
+    """With a clock that shows multiply-adds, and twice as many for a whole network.
+
+    The table must be twice the count.
+    """
     def clock(module, *inputs, seconds=0.3):
         if not isinstance(module, torch.nn.Module):
             return 0.0
@@ -143,15 +166,15 @@ def test_a_table_of_times_is_made_of_the_right_parts(monkeypatch, scale, upsampl
         if isinstance(module, Up):
             pixels *= module.factor ** 2
         return float(pixels * sum(p.numel() for p in module.parameters() if p.dim() == 4))
-    monkeypatch.setattr(search_space, "milliseconds", clock)
+    monkeypatch.setattr(evaluate, "milliseconds", clock)
     space, lines = Space(scale, 16, 2, 2, upsample=upsample), []
     table, counted = measured_costs(space, "cpu", lines.append), counted_costs(space)
-    about = partial(pytest.approx, rel=0.005)                  # a third of 1280 pixels is no whole number
+    about = partial(pytest.approx, rel=0.005)  # a third of 1280 pixels is no whole number
     assert table.unit == "ms" and table.head == about(2 * counted.head)
     assert table.tail == about({m: 2 * c for m, c in counted.tail.items()})
     assert table.up == about({m: 2 * c for m, c in counted.up.items() if m in table.up})
     for m, costs in counted.operations.items():
-        np.testing.assert_allclose(table.operations[m], 2 * costs, rtol=0.005)
+        np.testing.assert_allclose(table.operations[m], 2 * np.array(costs), rtol=0.005)
     assert any("dws" in line for line in lines) and "2.00 times the sum" in lines[-1]
 
 
