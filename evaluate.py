@@ -215,6 +215,7 @@ def super_resolve(network, lr, tile=256):
     result = np.empty((scale * height, scale * width, 3), np.uint8)
     for top in range(0, height, tile):
         for left in range(0, width, tile):
+            # From the halo's corner (y, x), or the picture's, to the tile's lower right and beyond.
             y, x = max(0, top - halo), max(0, left - halo)
             bottom, right = min(height, top + tile), min(width, left + tile)
             patch = np.ascontiguousarray(lr[y:bottom + halo, x:right + halo])  # (h, w, 3)
@@ -547,13 +548,14 @@ def run_benchmark(network, run, folders):
             figures = dict(json.loads(report.read_text()))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{report} is damaged; delete it to measure again") from error
+    # All sets and their photographs first: what is missing ends here, before the long work.
     for each in (each for folder in folders for each in sets_in(folder)):
         place = each.resolve()
         name = place.parent.name if place.name == "HR" else place.name
         if name in sets:
             raise ValueError(f"two sets are called {name}, and so would be their figures and "
                              "crops: measure them one by one")
-        sets[name] = photos_of(each, scale)  # a missing folder ends here, before the work
+        sets[name] = photos_of(each, scale)
     for name, photos in sets.items():
         table, rows = compare_with_bicubic(network, f"{name}, x{scale}, {len(photos)} photographs",
                                            photos)

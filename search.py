@@ -54,7 +54,7 @@ from evaluate import (CommandLine, compare_with_bicubic, is_out_of_memory, load_
 from search_space import (Architecture, Costs, Network, Space, cost_in_words, counted_costs,
                           draw_architecture, load_tensors, save_tensors, write_whole)
 from sparsestmax import ACTIVATIONS, get_activation
-from supernet import Supernet, Weights, draw_levels, leading, live_choices
+from supernet import Supernet, Weights, draw_levels, live_choices
 
 # A batch is `batch` patches of patch x patch LR pixels. The first `search` of all `steps` belong
 # to the supernet, and are far dearer than the others. rate: the highest learning rate of the
@@ -186,22 +186,14 @@ class Run:
         """The supernet has melted: the one network left walks out."""
         s, net = self.settings, self.supernet
         self.settle()  # nobody decides by logits that are no numbers
+        # 1. The network, with its kernels; and what the optimiser remembers of them.
         with torch.no_grad():
             weights = net.weights(1.0)
         found = net.inherit(net.derive(weights, (LEAST * s.budget, s.budget), self.sum))
-        memory = self.optimiser.state
+        memory = net.memory_of(found, self.optimiser)
         self.become(found)
-
-        # Adam remembers a mean gradient and a mean square for every number of a kernel. Without
-        # them it would take its first steps blind, and the loss would jump. They have the kernel's
-        # shape, so they are cut to the leading slice as the kernel was; the count of steps is a
-        # single number. (What was never computed has no memory, and starts afresh.)
-        for parameter, source in net.origins(found):
-            self.optimiser.state[parameter] = {
-                name: (value if name == "step" else leading(value, parameter)).clone()
-                for name, value in memory[source].items()}
-
-        # What did deciding cost? Nothing, if the map had decided by itself and within the budget.
+        self.optimiser.state.update(memory)
+        # 2. What did deciding cost? Nothing, if the map had decided by itself, within the budget.
         lr, hr = self.data.half_b.batch(s.batch, torch.Generator().manual_seed(0))
         with torch.no_grad():
             before, after = net(lr, weights), found(lr)
@@ -580,6 +572,7 @@ def arguments() -> CommandLine:
 
 def settings_of(args: argparse.Namespace) -> tuple[argparse.Namespace, Path]:
     """Command line -> complete settings and the run's folder; ValueError where they contradict."""
+    # 1. What was given: with --resume the rest comes from the run, else from the preset.
     given = {name: value for name, value in vars(args).items()
              if value is not None and name not in ("out", "resume")}
     if "budget" in given:
@@ -587,11 +580,13 @@ def settings_of(args: argparse.Namespace) -> tuple[argparse.Namespace, Path]:
     out = args.out
     if args.resume:
         return settings_to_resume(given, out), out
+    # 2. A new run wants a folder of its own.
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: choose another --out")
     if out.exists() and not all(map(left_by_a_run, out.iterdir())):
         raise ValueError(f"{out} is not empty: go on with --resume, choose another --out, or "
                          "delete it")
+    # 3. Defaults, then the preset, then what was given.
     device = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     preset = given.get("preset") or ("full" if device.startswith("cuda") else "lesson")
     s = dict(scale=2, data=None, activation="sparsestmax", seed=0, device=device, preset=preset,
@@ -600,6 +595,7 @@ def settings_of(args: argparse.Namespace) -> tuple[argparse.Namespace, Path]:
         s["bfloat16"] &= torch.cuda.is_bf16_supported(including_emulation=False)
     if isinstance(s["budget"], dict):
         s["budget"] = s["budget"][s["scale"]]
+    # 4. What cannot be.
     if s["batch"] * (s["patch"] * s["scale"]) ** 2 > 2 ** 28:
         raise ValueError(f"--batch {s['batch']} with --patch {s['patch']}: so many pixels fit no "
                          "memory")
@@ -639,6 +635,7 @@ def saved_settings(path: Path) -> dict:
     def refuse(message):
         raise ValueError(message)
     try:
+        # Spell them as options, have these parsed and checked, and see whether the same comes out.
         saved, parser = json.loads(path.read_text())["settings"], arguments()
         parser.error = refuse
         options = [f"--{name}={value}" for name, value in saved.items()

@@ -312,6 +312,7 @@ class Architecture:
 
     def __post_init__(self):
         check_setting(self)
+        # The path, then one row of operations and of widths for each of its cells.
         path, limit = self.path, len(UPSAMPLINGS[self.scale])
         if not isinstance(path, str) or len(path) > PATH_LIMIT:
             raise ValueError(f'path must be a string like "cccu" of at most {PATH_LIMIT} letters')
@@ -599,6 +600,7 @@ def load_run(run: Path) -> Network:
 
     ValueError, in one line, where one of them is missing, damaged, or of another network.
     """
+    # 1. The architecture, which is checked in every respect before anything is built by it.
     description, weights = Path(run, "architecture.json"), Path(run, "network.pt")
     for file in description, weights:
         if not file.is_file():
@@ -611,6 +613,7 @@ def load_run(run: Path) -> Network:
     if weights.stat().st_size < 2 * architecture.parameters():  # before any memory is taken
         raise ValueError(f"{weights} is damaged or of another architecture: too small for "
                          f"{architecture.parameters():,} parameters")
+    # 2. The weights: the right tensors, of real and finite numbers.
     network = Network(architecture)
     try:
         state = load_tensors(weights)

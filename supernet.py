@@ -173,9 +173,9 @@ class Supernet(nn.Module):
     activation: f(logits (..., K), progress in [0, 1]) -> weights (..., K), see sparsestmax.py.
     spread: standard deviation of the initial logits, small so that no choice starts with a lead.
     recompute: run each cell once more in the backward pass instead of keeping its features: the
-    same numbers, a third more time, and memory for one cell instead of the whole tree. costs: what
-    the parts cost, of search_space.py; counted in multiply-adds if None. ValueError for a space so
-    large that no memory would hold it.
+    same numbers, a third more time, and memory for one cell instead of the whole tree.
+    costs: what the parts cost, of search_space.py; counted in multiply-adds if None.
+    ValueError for a space so large that no memory would hold it.
     """
     def __init__(self, space: Space, activation: Callable = sparsestmax, spread: float = 1e-3,
                  recompute: bool = False, costs: Costs | None = None):
@@ -189,6 +189,7 @@ class Supernet(nn.Module):
         if kernels > 1e9:  # nearly all there is
             raise ValueError(f"a supernet with {kernels / 1e9:.3g} billion weights fits no memory: "
                              "take fewer channels or cells")
+        # The logits are parameters, so they are saved, moved and counted with the rest.
         self.gamma = nn.Parameter(spread * torch.randn(len(nodes)))
         self.alpha = nn.Parameter(spread * torch.randn(cells, positions, len(OPERATIONS)))
         self.beta = nn.Parameter(spread * torch.randn(cells, positions - 1, len(space.widths)))
@@ -256,18 +257,22 @@ class Supernet(nn.Module):
         weights: from `weights(progress)`. live: from `read(weights)`; called here if None.
         """
         space, nodes = self.space, self.space.nodes
+        # 1. What the weights of the widths mean at every side of every cell: a mask, and the chance
+        #    that the width is the same as at the side before.
         beta = self.with_ends(weights.beta)  # (cells, positions + 1, widths)
         masks = (beta[..., None] * self.stairs).sum(-2)  # (cells, positions + 1, nf)
         agrees = (beta[:, :-1] * beta[:, 1:]).sum(-1)  # (cells, positions)
         gamma_v, alpha_v, beta_v = live or self.read(weights)
-
+        # 2. A node is needed if a live exit lies at it or below it.
         needed = {exit[:i] for exit, g in zip(nodes, gamma_v) if g != 0
                   for i in range(1, len(exit) + 1)}
-        trail = [self.head(x)] + [None] * max(map(len, nodes))  # features on the way to a node
+        # 3. Walk the tree, parents first. trail[depth] holds the features at the node last visited
+        #    at that depth, so trail[depth - 1] are its parent's, whatever branches came between.
+        trail = [self.head(x)] + [None] * max(map(len, nodes))
         images = []  # of the live exits
-        for i, node in enumerate(nodes):  # parents first: trail[depth - 1] is the parent's
+        for i, node in enumerate(nodes):
             if node not in needed:
-                continue  # no live exit here or below
+                continue
             h = trail[len(node) - 1]  # (B, nf, H, W)
             if node[-1] == "u":
                 h = self.body[node](h)  # (B, nf, factor H, factor W)
@@ -276,6 +281,7 @@ class Supernet(nn.Module):
                 sides = [Side(mask, v, space.widths[np.flatnonzero(v)[-1]], p)
                          for mask, v, p in zip(masks[c], beta_v[c], [None, *agrees[c].split(1)])]
                 arguments = h, weights.alpha[c], alpha_v[c], sides
+                # (Once a cell is decided it is as small as the found network's: nothing to save.)
                 if self.recompute and torch.is_grad_enabled() and not decided(alpha_v[c]):
                     h = checkpoint(self.body[node], *arguments, use_reentrant=False,
                                    preserve_rng_state=False)
@@ -287,8 +293,8 @@ class Supernet(nn.Module):
                 if space.output == "tanh":
                     y = (torch.tanh(y) + 1) / 2
                 images.append(y if decided(gamma_v) else weights.gamma[i] * y)
+        # 4. The exits' weights sum to 1, so the bicubic base is added once.
         out = sum(images[1:], images[0])
-        # The weights of the exits sum to 1, so the bicubic base is added once.
         return out if space.output == "tanh" else out + enlarge(x, space.scale)
 
     # --- What the search adds to the loss ------------------------------------------------------
@@ -362,14 +368,17 @@ class Supernet(nn.Module):
         """
         weights, mean = ([w.detach().double().cpu().numpy() for w in each]
                          for each in (weights, mean or weights))
+        # 1. As decided now, the largest weight at every choice. Nothing else to do if that will do.
         picks = [w.argmax(-1) for w in weights]
         architecture = self._spell(*picks)
         if budget is None or budget[0] <= self.costs.of(architecture) <= budget[1]:
             return architecture
-        scores = []  # 0 for what is decided now, else what it loses
+        # 2. A score for every candidate: 0 for what is decided now, else minus what it loses.
+        scores = []
         for w, pick in zip(mean, picks):
             w = np.log(np.maximum(w, 1e-9))
             scores.append(np.minimum(w - np.take_along_axis(w, np.expand_dims(pick, -1), -1), 0))
+        # 3. The best total score among the networks within the budget, at an exit that is allowed.
         scores[0][np.setdiff1d(np.arange(len(scores[0])), self.allowed.cpu())] = -np.inf
         return self._spell(*self._knapsack(*scores, *budget))
 
@@ -380,6 +389,18 @@ class Supernet(nn.Module):
             for parameter, source in self.origins(network):
                 parameter.copy_(leading(source, parameter))
         return network
+
+    def memory_of(self, network: Network, adam: torch.optim.Adam) -> dict:
+        """What Adam remembers of our kernels, for those of `network`: {parameter: its state}.
+
+        For every number of a kernel Adam keeps a mean gradient and a mean square. Without them it
+        would take its first steps blind, and the loss would jump. They have the kernel's shape, so
+        they are cut to the leading slice as the kernel is; the count of steps is one number. (What
+        was never computed has no memory, and starts afresh.)
+        """
+        return {parameter: {name: (value if name == "step" else leading(value, parameter)).clone()
+                            for name, value in adam.state[source].items()}
+                for parameter, source in self.origins(network)}
 
     def origins(self, network: Network):
         """Pairs (parameter of `network`, parameter of ours whose leading slice it is)."""
@@ -415,24 +436,30 @@ class Supernet(nn.Module):
         if high.max() < least:
             raise ValueError(f"no network uses a budget of {words(most)}: the largest of this "
                              f"space has {words(high.max())} (for a 1280x720 output)")
+        # By these bounds an exit may be allowed and still have no network just within the budget,
+        # so the knapsack is asked whether there is one.
         for dearest in max(target, low.min()), most:
             allowed = (low <= dearest) & (high >= least)
             self.allowed = torch.from_numpy(np.flatnonzero(allowed)).to(self.allowed.device)
             scores = [np.where(allowed, 0, -np.inf)]
             scores += [np.zeros(logits.shape) for logits in self.logits()[1:]]
             try:
-                self._knapsack(*scores, least, most)  # is there really one?
+                self._knapsack(*scores, least, most)
                 return
             except ValueError:
                 if dearest == most:
                     raise
 
     def cost_range(self) -> tuple[np.ndarray, np.ndarray]:
-        """What the cheapest and the most expensive network at every exit cost, (nodes,) each."""
+        """What the cheapest and the most expensive network at every exit cost, (nodes,) each.
+
+        Cell by cell, as a walk along its positions; value[c, w]: the best total of cell c's
+        positions so far, the last of which ends in width w.
+        """
         table, bounds = self.table.cpu().numpy(), []  # (cells, operations, widths, widths)
         for better, worst in (np.minimum, np.inf), (np.maximum, -np.inf):
             value = np.full((len(table), table.shape[-1]), worst)
-            value[:, -1] = 0  # value[c, w]: best total of a chain ending in w
+            value[:, -1] = 0  # a cell begins at full width
             for _ in range(self.space.positions):
                 value = better.reduce(value[:, None, :, None] + table, axis=(1, 2))
             bounds.append(self.fixed.cpu().numpy() + self.on_path.cpu().numpy() @ value[:, -1])
@@ -467,7 +494,8 @@ class Supernet(nn.Module):
             start = round(fixed / unit)
             if gamma[exit] == -np.inf or start > high or low > high:
                 continue
-            # value[w, b]: the best score of a chain that ends in width w and has spent b buckets.
+            # 1. Along the chain. value[w, b]: the best score of all ways to come so far that end in
+            #    width w and have spent b buckets.
             value = np.full((widest + 1, high + 1), -np.inf)
             value[widest, start] = gamma[exit]
             steps = []
@@ -475,11 +503,13 @@ class Supernet(nn.Module):
                 prices = np.rint(table[c] / unit).astype(int)  # (operations, widths, widths)
                 value, won = one_further(value, prices, alpha[c, p], beta[c, p + 1])
                 steps.append((c, p, prices, won))
+            # 2. The best end: at full width, within the budget. 3. If no exit before had a better
+            #    one, walk back from there and note what was chosen on the way.
             bucket, width = low + int(value[widest, low:].argmax()), widest
             score = value[width, bucket]
             if score > best[0]:
                 operations, widths = np.zeros(alpha.shape[:2], int), np.zeros(beta.shape[:2], int)
-                for c, p, prices, won in reversed(steps):  # walk back from the end of the chain
+                for c, p, prices, won in reversed(steps):
                     k, before = won[width, bucket]
                     operations[c, p], widths[c, p + 1] = k, width
                     bucket, width = bucket - prices[k, before, width], before
