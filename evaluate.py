@@ -13,10 +13,10 @@ A method is scored by shrinking a photograph (HR) by a known rule, enlarging the
 again, and comparing with the original. A tenth of a decibel counts as a result in this field, and
 a slip in one of the conventions below can cost more than that, so here is every one of them:
 
-LR       HR cropped to a multiple of the scale, then MATLAB's `imresize`: a bicubic whose kernel is
-         widened by the scale (so that it does not alias), mirrored at the border, rows first,
-         rounded to 8 bits, then columns, rounded again. `resize` gives MATLAB's own files to the
-         last pixel. Bicubics of other libraries differ, most of all at the border.
+LR       HR is cropped to a multiple of the scale and shrunk like MATLAB's `imresize`: bicubic, the
+         kernel stretched by the scale against aliasing, the picture mirrored at its border. First
+         the height, rounded to 8 bits; then the width, rounded again. `resize` gives MATLAB's own
+         files to the last pixel. Other libraries' bicubics differ, most of all at the border.
 result   rounded to 8 bits before it is scored, as a file would hold it.
 luma     only brightness counts: Y of BT.601 in television's range, 16..235. In full range every
          error is 255/219 times as large, and every figure 1.32 dB lower.
@@ -24,8 +24,8 @@ border   `scale` pixels are cropped off each side: nobody knows what lies beyond
 PSNR-Y   20 log10(255 / root mean square error), in dB; higher is better. A set's figure is the mean
          over its images.
 SSIM     compares means, variances and covariance under an 11x11 Gaussian (sigma 1.5); 1 is best.
-where    float64 numpy on the CPU. The network runs on the CPU too unless told otherwise: a GPU adds
-         in another order and may round factors to 10 bits (TF32): the last digits show it.
+where    float64 numpy on the CPU. The network runs on the CPU too unless told otherwise: on a GPU
+         the last digits differ, as it adds in another order and may round to 10 bits (TF32).
 
 The floor is bicubic enlargement. This file gives, in dB (published tables agree within 0.01):
 
@@ -76,9 +76,9 @@ def cubic(x):
 def resize_rows(image, scale):
     """Resize the first axis only: uint8 (H, N) -> uint8 (ceil(H * scale), N).
 
-    Every output row is a weighted sum of the input rows under a kernel around its centre. Output
-    row i has its centre at (i + 1/2) / scale - 1/2 in the input. With scale = p / q, row i + p
-    sees what row i sees, q input rows further down, so there are only p different sets of weights.
+    Every output row is a weighted sum of the input rows under a kernel around its centre, which for
+    output row i is (i + 1/2) / scale - 1/2. With scale = p / q the pattern repeats: row i + p has
+    the weights of row i, on input rows q further down. So p sets of weights are enough.
     """
     (height, _), (p, q) = image.shape, scale.as_integer_ratio()
     shrink = min(float(scale), 1.0)  # the kernel is widened by 1 / shrink
@@ -164,8 +164,8 @@ def inner_luma(a, b, border):
 def psnr(a, b, border):
     """PSNR-Y in dB of two uint8 images of one shape, `border` pixels cropped off each side.
 
-    inf where they are equal. One level of difference everywhere is 219/255 of a level of luma, so
-    it costs 20 log10(255 * 255 / 219):
+    inf where they are equal. One level of difference everywhere is 219/255 of a level of luma,
+    which gives 20 log10(255 * 255 / 219):
 
     >>> black = np.zeros((32, 32, 3), np.uint8)
     >>> round(psnr(black, black + np.uint8(1), border=2), 3)
@@ -205,24 +205,24 @@ def super_resolve(network, lr, tile=256):
     """uint8 RGB (H, W, 3) -> uint8 RGB (s H, s W, 3), on the device of the network's parameters.
 
     The picture is cut in tiles of `tile` x `tile` LR pixels, so memory does not grow with it. Each
-    tile is computed with a halo as wide as the network sees, and the halo's output is thrown away:
-    what is left is what the whole picture would have given. At the picture's own border the halo
-    ends, and the network pads as it would.
+    tile is computed with a margin of `architecture.radius` pixels, the farthest that an output
+    pixel sees, and the margin's output is thrown away: what is left is what the whole picture would
+    have given. At the picture's own border the margin ends, and the network pads as it would.
     """
-    scale, halo = network.architecture.scale, network.architecture.radius
+    scale, margin = network.architecture.scale, network.architecture.radius
     device = next(network.parameters(), torch.empty(0)).device
     height, width = lr.shape[:2]
     result = np.empty((scale * height, scale * width, 3), np.uint8)
     for top in range(0, height, tile):
         for left in range(0, width, tile):
-            # From the halo's corner (y, x), or the picture's, to the tile's lower right and beyond.
-            y, x = max(0, top - halo), max(0, left - halo)
+            # From the margin's corner (y, x), or the picture's, to beyond the tile's lower right.
+            y, x = max(0, top - margin), max(0, left - margin)
             bottom, right = min(height, top + tile), min(width, left + tile)
-            patch = np.ascontiguousarray(lr[y:bottom + halo, x:right + halo])  # (h, w, 3)
+            patch = np.ascontiguousarray(lr[y:bottom + margin, x:right + margin])  # (h, w, 3)
             patch = torch.from_numpy(patch).to(device).permute(2, 0, 1)[None].float() / 255
             out = network(patch)[0].permute(1, 2, 0)  # (s h, s w, 3)
             out = out[scale * (top - y):scale * (bottom - y),
-                      scale * (left - x):scale * (right - x)]  # without the halo
+                      scale * (left - x):scale * (right - x)]  # without the margin
             out = (out.float().clamp(0, 1) * 255 + 0.5).to(torch.uint8)  # rounded
             result[scale * top:scale * bottom, scale * left:scale * right] = out.cpu().numpy()
     return result
@@ -281,9 +281,8 @@ def keep_memory():
     """Let this process keep what it frees (glibc only; elsewhere nothing happens).
 
     Features of a large picture take tens of megabytes. glibc hands such blocks back to the system
-    and gets them again page by page, more or fewer of them depending on what the process did
-    before: one network took 128 ms, or 235, or 300. Kept, they cost nothing, and a time is the
-    arithmetic's.
+    and fetches them again page by page, which made one network take 128, 235 or 300 ms. Keeping
+    them makes times repeat.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -318,10 +317,10 @@ def time_network(network, device):
 def measured_costs(space, device, say=print):
     """A table of `Costs` in milliseconds, on this device and with this number of threads.
 
-    Each part is timed alone at the size of its use. What a layer takes also depends a little on
-    what the layer before left in the cache, so three random networks are timed as a whole, and all
-    parts scaled by the (median) ratio of whole to sum. say: called with lines for the reader. Half
-    a minute for a small space on a CPU; nothing else should run meanwhile.
+    Each part is timed alone at the size of its use. A whole network does not take exactly the sum
+    of its parts, so three random ones are timed, and all parts multiplied by the median of
+    time / sum. say: called with lines for the reader. Half a minute for a small space on a CPU;
+    nothing else should run meanwhile.
     """
     def time(module, channels, m):
         module = module.to(device, memory_format=torch.channels_last)
@@ -410,8 +409,8 @@ def printable(path):
 def open_photo(path):
     """A Pillow image in mode L, LA, RGB or RGBA, whatever the file holds, upright as its EXIF says.
 
-    Values of 16 bits become 8 (65535 / 257 = 255), and `image.info["deep"]` tells. ValueError if it
-    cannot be read, or has more than 89 million pixels: a small file may claim any size.
+    Values of 16 bits become 8 (divided by 257), and `image.info["deep"]` is then True. ValueError
+    if it cannot be read, or has more than 89 million pixels: a small file may claim any size.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would keep us waiting
@@ -516,7 +515,7 @@ def dead_leaves(size, rng):
 # --- The command line --------------------------------------------------------------------------
 
 def save_crops(path, photos, network, side=96):
-    """HR, bicubic and ours side by side, a row per photograph, where the two methods differ most.
+    """A row per photograph: HR, bicubic, ours, cut out where bicubic and ours differ most.
 
     The figures above the crops are the whole picture's.
     """
@@ -595,7 +594,7 @@ def run_upscale(network, photo, output):
                          f"{suffix} holds 65500 each way: write a .png")
     if image.info["deep"]:
         print(f"note: {photo} has 16 bits per value; it is scaled to 8, and so is the result")
-    # Tiles of 512 pixels of the *result*: a cell at full size then costs the same at every scale.
+    # Tiles of 512 pixels of the *result*: a cell at full size needs the same memory at every scale.
     rgb = super_resolve(network, np.array(image.convert("RGB")), tile=512 // scale)
     result = Image.fromarray(rgb)
     if image.mode.startswith("L"):

@@ -7,20 +7,19 @@
     python search.py --resume --out runs/x2               # go on after an interruption
     torchrun --nproc-per-node 4 search.py --scale 4 ...   # each batch split over four GPUs
 
-Two things are learned at once (arXiv 2101.06658, section 3.3; first-order, as in DARTS,
-1806.09055): the convolutions, and the logits that weigh the candidates against one another. A
-batch from one half of the photographs moves the convolutions, a batch from the other half the
-logits. Meanwhile `progress` rises from 0 to 1, and sparsestmax turns ever more weights into exact
-zeros, whose branches are no longer computed. At progress 1 what is left *is* one network. It walks
-out of the supernet with its convolutions, and with the optimiser's memory of them, and goes on
-training on all photographs.
+Two things are learned in turn (arXiv 2101.06658, section 3.3): the convolutions, and the logits
+that weigh the candidates against one another. A batch from one half of the photographs moves the
+convolutions with the logits fixed, a batch from the other half moves the logits with the
+convolutions fixed. (In a first tenth, the warm-up, only the convolutions.) Meanwhile `progress`
+rises from 0 to 1, and sparsestmax turns ever more weights into exact zeros, whose branches are no
+longer computed. At progress 1 what is left *is* one network. It walks out of the supernet with its
+kernels, and with the optimiser's memory of them, and goes on training on all photographs.
 
-Both minimise the L1 distance between SR and HR; for the logits, `Supernet.penalty` adds what the
-budget and the order of the exits demand. A budget may be in multiply-adds or milliseconds. We aim
-at 90 % of it. Exits that cannot come down to that, or cannot use 80 % of the budget, are forbidden
-from the start. If the last choices to close miss the budget all the same, `Supernet.derive`
-changes those that the search was least sure of. So every run ends within its budget and uses at
-least 80 % of it.
+Both minimise the mean absolute difference between SR and HR; for the logits, `Supernet.penalty`
+adds what the budget demands. A budget is in multiply-adds or milliseconds. Allowed is 80 to 100 %
+of it, aimed at is the middle, 90 %. Exits that cannot fit are forbidden from the start, and if the
+finished choices miss the budget, `Supernet.derive` changes the least certain of them. So every run
+ends within its budget, as counted or by its table of milliseconds.
 
 A run's folder holds settings.json (options, versions, hardware), history.csv, distributions.npz
 (all weights over time), levels.png, architecture.png, architecture.json, network.pt, results.md
@@ -130,8 +129,8 @@ class Run:
         self.step, self.seconds = 0, {"search": 0.0, "training": 0.0}
         self.halvings = 0  # of the rate, after divergence
         self.history = []  # rows of history.csv
-        self.recent = []  # (step, whose, loss) since then
-        self.snapshots, self.sum = [], None  # (step, gamma, alpha, beta) now and then; sums of all
+        self.recent = []  # (step, whose, loss) since the last row
+        self.snapshots, self.sum = [], None  # (step, *weights) now and then; sums over all
         self.hand_over_report = None
 
     def adam(self, parameters):
@@ -142,11 +141,11 @@ class Run:
         """One step of the supernet. Returns the candidates' weights, and their expected cost."""
         net = self.supernet
         weights = net.weights(progress)
-        live = net.read(weights)  # the only time in a step that a GPU is waited for
+        values = net.read(weights)  # the only time in a step that a GPU is waited for
 
         # a. The convolutions learn from one half of the photographs, the architecture as it stands.
         fixed = Weights(*(w.detach() for w in weights))
-        self.descend("weights", self.optimiser, self.loss(net, self.data.half_a, fixed, live))
+        self.descend("weights", self.optimiser, self.loss(net, self.data.half_a, fixed, values))
         cost = net.cost(fixed)
         if progress == 0:  # warm-up: what random convolutions say of an architecture is noise, and
             return fixed, cost  # listening to it costs half a step
@@ -154,7 +153,7 @@ class Run:
         # b. The logits learn from the other half, the convolutions as they stand.
         extra = net.penalty(weights, self.target, progress)
         self.descend("logits", self.logits_optimiser,
-                     self.loss(net, self.data.half_b, weights, live) + extra)
+                     self.loss(net, self.data.half_b, weights, values) + extra)
         return fixed, cost
 
     def training_step(self):
@@ -176,8 +175,8 @@ class Run:
         loss = loss.detach()
         if WORLD > 1:
             average([p.grad for p in parameters if p.grad is not None] + [loss])
-        # Where this is 1, fused Adam leaves everything as it was. So a step whose loss is not a
-        # number is not taken, and still no GPU is waited for.
+        # Fused Adam skips a step whose `found_inf` is 1. So a loss that is not finite changes
+        # nothing, and no GPU has to be waited for to know.
         optimiser.found_inf = (~loss.isfinite()).float()
         optimiser.step()
         self.recent.append((self.step, whose, loss))
@@ -193,7 +192,8 @@ class Run:
         memory = net.memory_of(found, self.optimiser)
         self.become(found)
         self.optimiser.state.update(memory)
-        # 2. What did deciding cost? Nothing, if the map had decided by itself, within the budget.
+        # 2. Quality just before and after, on one batch (PSNR of RGB). Equal, if all weights were
+        #    one-hot and within the budget already.
         lr, hr = self.data.half_b.batch(s.batch, torch.Generator().manual_seed(0))
         with torch.no_grad():
             before, after = net(lr, weights), found(lr)
@@ -210,7 +210,7 @@ class Run:
     def run(self):
         """All steps that are left. SIGINT and SIGTERM end it after the step in progress, saved.
 
-        Raises KeyboardInterrupt(signal) then, and FloatingPointError if a loss is not a number.
+        Raises KeyboardInterrupt(signal) then, and FloatingPointError as `settle` does.
         """
         s, caught, weights, cost = self.settings, [], None, None
 
@@ -260,7 +260,7 @@ class Run:
             raise KeyboardInterrupt(stopped())
 
     def add_row(self, progress: float, weights: Weights, cost: torch.Tensor) -> str:
-        """A row of history.csv: the mean loss since the last, and what is alive. -> in words."""
+        """Add a row to history.csv: mean loss since the last row, what is alive. -> as text."""
         self.settle()  # (losses leave the device only when they are shown or saved)
         losses = [loss for _, whose, loss in self.recent if whose == "weights"]
         self.recent = []
@@ -466,7 +466,7 @@ class Patches:
         i = torch.searchsorted(ends, block, right=True)  # (size,)
         block = block - (ends - self.blocks)[i]  # counted from the photograph's first
         corner = BLOCK * torch.stack([block // self.columns[i], block % self.columns[i]], 1)
-        # 2. A pixel in the block, and a patch that holds it somewhere and stays in the photograph.
+        # 2. A pixel in the block, a patch that holds it somewhere, moved into the photograph.
         pixel = corner + torch.randint(BLOCK, (size, 2), generator=generator)  # (size, 2)
         corner = pixel - torch.randint(self.patch, (size, 2), generator=generator)
         top, left = torch.minimum(corner.clamp(min=0), self.sizes[i] - self.patch).T
@@ -483,8 +483,8 @@ def turned(patch: np.ndarray, turn: int) -> np.ndarray:
 def detail(lr: np.ndarray, hr: np.ndarray) -> np.ndarray:
     """What shrinking took from each block of LR (h, w, 3): (ceil(h / BLOCK), ceil(w / BLOCK)).
 
-    The mean difference of LR pixels from the HR pixels they stand for, in green, summed over
-    blocks.
+    For each LR pixel the mean absolute difference, in green, from the scale x scale HR pixels that
+    it stands for; summed over each block.
     """
     (h, w), s, green = lr.shape[:2], hr.shape[0] // lr.shape[0], lr[..., 1].astype(np.int16)
     lost = sum(np.abs(hr[y::s, x::s, 1] - green) for y in range(s) for x in range(s)) / s ** 2
@@ -658,9 +658,9 @@ def resumable(out: Path) -> bool:
 
 
 def left_by_a_run(file: Path) -> bool:
-    """Is this all that a run leaves which is killed before its first checkpoint?
+    """May this file come from a run that was killed before its first checkpoint?
 
-    Then another may be begun in its place.
+    If all files in a folder may, another run can be begun there.
     """
     if file.name != "settings.json":
         return file.match(".*.part.*")  # of `write_whole`
@@ -681,7 +681,7 @@ def describe(settings: argparse.Namespace) -> dict:
 
 def resumed(settings: argparse.Namespace, out: Path, data: Data) -> Run:
     """The run in `out` as its newest sound checkpoint has it."""
-    # What is wrong with the settings, or a map, is no checkpoint's fault: it is said here.
+    # One run on trial: an error here is the fault of the settings, or of a map, not of a file.
     get_activation(settings.activation)
     if settings.unit == "multiply-adds":
         Run(settings, out)

@@ -2,8 +2,7 @@
 
     python search_space.py        # the published networks rebuilt, and the size of the space
 
-Trilevel asks three questions about a super-resolution network at once (arXiv 2101.06658, section
-3):
+Trilevel asks three questions about a super-resolution network at once (arXiv 2101.06658, sec. 3):
 
     level     question                               the answer is
     network   in which order cells and upsamplings?  a path such as "cccu"
@@ -18,10 +17,11 @@ number of feature channels (`Space.channels`), and the scale is 2, 3 or 4:
 
     LR --3x3 head--> [ cell | up ] ... --3x3 tail, PixelShuffle--> + bicubic(LR) = SR
 
-*Paths.* A path is a word over {c, u}. "c" is a cell: some operations f in a row, out = x + 0.2
-f(x). "u" upsamples. The first letter is always "c". A network may end after any letter, so every
-prefix of a path is a network too, an *exit*. Together the paths form a tree; at x4 with five cells
-it has 55 nodes: 35 cells and 20 upsamplings, 15 of them complete paths (leaves).
+*Paths.* A path is a word over {c, u}. "c" is a cell: some operations f in a row,
+out = x + 0.2 f(x). "u" upsamples. The first letter is always "c". A network may end after any
+letter, so every prefix of a path is a path too: an *exit*. Together they form a tree, a node for
+each exit. At x4 with five cells it has 55 nodes, of which 35 end in "c" and 20 in "u"; 15 of the 55
+cannot go on (leaves).
 
 *Where to upsample decides the price.* With `upsample="early"`, "u" really enlarges (nearest
 neighbour, 3x3 convolution, LeakyReLU). A cell behind one x2 "u" then works on four times the pixels
@@ -62,9 +62,9 @@ CHANNEL_LIMIT, PATH_LIMIT, CELL_LIMIT = 512, 64, 16
 
 
 # --- Level 2, the cell: which operation? -------------------------------------------------------
-# No bias and no batch norm (it costs SR networks accuracy: Lim et al., EDSR, arXiv 1707.02921);
-# every operation ends in a ReLU. A narrow operation is the leading slice of a wide one (see
-# supernet.py), so the layers of the supernet and of the found network carry the same names.
+# Operations have no bias, and no batch norm, which costs SR networks accuracy (Lim et al., EDSR,
+# arXiv 1707.02921). All end in a ReLU. A narrow operation is the first channels of a wide one, so
+# the supernet gives its layers the same names, and kernels can be copied.
 
 def conv(c: int, d: int, size: int, groups: int = 1, bias: bool = False) -> nn.Conv2d:
     """size x size convolution, c -> d channels, height and width kept. He init, as ReLUs follow."""
@@ -119,8 +119,9 @@ class DepthwiseSeparable(nn.Module):
 class Operation(NamedTuple):
     """A candidate for a position of a cell.
 
-    module(c, d): it, from c to d channels. weights(c, d): how many it has; without biases that is
-    also its multiply-adds per pixel. radius: how far, in pixels, an output pixel sees.
+    module(c, d): builds the operation from c to d channels. weights(c, d): how many numbers its
+    kernels have; without biases that is also its multiply-adds per pixel. radius: how far, in
+    pixels, an output pixel sees.
     """
     module: Callable[[int, int], nn.Module]
     weights: Callable[[int, int], int]
@@ -270,7 +271,7 @@ class Layer(NamedTuple):
     """One layer of a network on paper: what it is, where, and how large.
 
     node: the path up to it ("" for the head). kind: "head", "up", "tail" or an operation's name.
-    c, d: channels in and out. m: its output is m times larger than LR.
+    c, d: channels in and out. m: its convolution works at m times the size of LR.
     """
     node: str
     kind: str
@@ -383,7 +384,7 @@ class Architecture:
                 radius += OPERATIONS[layer.kind].radius / layer.m
             elif layer.kind == "up":
                 radius += 1 / layer.m
-        return max(math.ceil(radius), 3)  # bicubic enlargement sees 3
+        return max(math.ceil(radius), 3)  # bicubic enlargement sees 2; one to spare
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
@@ -418,7 +419,9 @@ class Cell(nn.Module):
 
 
 class Up(nn.Module):
-    """The letter "u": enlarge by `factor`, then a 3x3 convolution. factor 1: the convolution."""
+    """The letter "u": enlarge by `factor`, 3x3 convolution, LeakyReLU. (factor 1: no enlarging,
+    no ReLU.)
+    """
     def __init__(self, channels: int, factor: int):
         super().__init__()
         self.factor, self.conv = factor, conv(channels, channels, 3, bias=True)
@@ -431,7 +434,7 @@ class Up(nn.Module):
 
 
 class Tail(nn.Module):
-    """An exit: 3x3 convolution to 3 r^2 channels, shuffled to a picture r times larger.
+    """What ends a network: 3x3 convolution to 3 remaining^2 channels, shuffled to a larger picture.
 
     PixelShuffle: Shi et al., arXiv 1609.05158.
     """
@@ -441,13 +444,14 @@ class Tail(nn.Module):
         self.conv = conv(channels, 3 * remaining ** 2, 3, bias=True)
         nn.init.normal_(self.conv.weight, std=1e-3)  # near zero: training starts at bicubic
 
-    def forward(self, x):  # (B, nf, h, w) -> (B, 3, rh, rw)
+    def forward(self, x):  # (B, nf, H, W) -> (B, 3, remaining H, remaining W)
         return F.pixel_shuffle(self.conv(x), self.remaining)
 
 
 def enlarge(x: torch.Tensor, scale: int) -> torch.Tensor:
     """Bicubic, the base that `output="skip"` adds to: (B, 3, h, w) -> (B, 3, scale h, scale w)."""
-    # .contiguous(): in channels_last this takes three times as long on a CPU.
+    # torch's kernel (a = -.75), not the one that evaluate.py measures with. .contiguous(): in
+    # channels_last it takes three times as long on a CPU.
     return F.interpolate(x.contiguous(), scale_factor=scale, mode="bicubic", align_corners=False)
 
 
@@ -458,6 +462,7 @@ class Network(nn.Module):
         a = self.architecture = architecture
         cells = zip(a.operations, a.widths)
         self.head = conv(3, a.channels, 3, bias=True)
+        # A layer for each letter; `cells` has the operations and widths of the next "c".
         self.body = nn.ModuleList(
             Cell(a.channels, *next(cells)) if letter == "c" else
             Up(a.channels, a.magnification(a.path[:i + 1]) // a.magnification(a.path[:i]))
@@ -482,8 +487,9 @@ class Network(nn.Module):
 class Costs:
     """The cost of every part for a 1280x720 output, in one unit: "multiply-adds" or "ms".
 
-    m, the key of the dicts: the part's output is m times larger than LR. operations[m][k][i][j]: of
-    the k-th operation from the i-th to the j-th width. tail: an exit, with the bicubic enlargement.
+    m, the key of the dicts: the part's convolutions work at m times the size of LR.
+    operations[m][k][i][j]: the cost of operation k from width i to width j. tail: an exit, with the
+    bicubic enlargement.
     """
     unit: str
     head: float
@@ -527,8 +533,8 @@ def counted_costs(space: Space) -> Costs:
 
 
 # --- The published networks --------------------------------------------------------------------
-# As the authors print them: operation ids in the order of OPERATIONS, width ids into
-# (24, 32, 40, 56, 64), parameters in millions, multiply-adds in 1e9 for a 256x256 input.
+# As the authors print them: upsample, path, operation ids in the order of OPERATIONS, width ids
+# into (24, 32, 40, 56, 64), parameters in millions, multiply-adds in 1e9 for a 256x256 input.
 PUBLISHED = {
     "B-1": ("plain", "ccc", "30333 30131 20000", "1102 0300 4000", 0.234, 15.35),
     "B-2": ("plain", "cccccu", "00330 32311 10103 33113 31111", "1040 1232 4401 4300 1440",
@@ -610,7 +616,8 @@ def load_run(run: Path) -> Network:
         architecture = Architecture.from_json(description.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{description}: {error}") from error
-    if weights.stat().st_size < 2 * architecture.parameters():  # before any memory is taken
+    # Before any memory is taken: a number has two bytes at least.
+    if weights.stat().st_size < 2 * architecture.parameters():
         raise ValueError(f"{weights} is damaged or of another architecture: too small for "
                          f"{architecture.parameters():,} parameters")
     # 2. The weights: the right tensors, of real and finite numbers.

@@ -30,8 +30,8 @@ forbids a ball around the centre, and takes the nearest point of what is left:
 
 r = 0 forbids nothing: sparsemax. As r grows, the ball pushes p outwards, to an edge of the triangle
 and along it into a corner. `progress` is r / r_c, so that a choice among 4 and one among 55 finish
-together. While the ball is inside the simplex it drops nobody: it makes its first zero at progress
-1/(K-1) or later (.33 for K = 4, .02 for K = 55).
+together. The ball drops nobody before it touches the boundary, at progress 1/(K-1) (.33 for K = 4,
+.02 for K = 55); what sparsemax drops is gone from the start.
 
 The closed form
 ---------------
@@ -40,34 +40,38 @@ candidates survive, they are the m largest. With q = (their logits) - (their mea
 
     p = 1/m + q      on the survivors:  the centre of their face of the simplex, plus a step q.
 
-Now the ball. Look at sparsemax(t z) for t >= 1, larger and larger logits. Its distance from u grows
-with t, and (*) is solved by
+(A face is the part of the simplex where only certain candidates have weight: for K = 3 the
+triangle, its edges, its corners.) Now the ball. Look at sparsemax(t z) for t >= 1, larger and
+larger logits. Unless the largest logits tie (see Conventions), its distance from u grows, without a
+jump, until only a corner is left. So some t reaches r, and (*) is solved by
 
     sparsestmax(z) = sparsemax(t z)   with the smallest t >= 1 whose distance is at least r.
 
 *Why.* If t = 1 will do, that point is the best of the whole simplex. Else take the t whose distance
-is exactly r, and put lambda = 1 - 1/t, which lies between 0 and 1. On the simplex ||p - u||^2 is
+is exactly r, and put lambda = 1 - 1/t, so that 0 < lambda < 1. On the simplex ||p - u||^2 is
 ||p||^2 - 1/K, and completing the square gives, for every p in it,
 
     ||p - z||^2 - lambda (||p - u||^2 - r^2)  =  (1 - lambda) ||p - t z||^2 + a constant.
 
-The right side is least at p = sparsemax(t z). There the bracket is 0, so the left side is
-||p - z||^2 itself; for any other permitted p the bracket is >= 0, so the left side is ||p - z||^2
-or less. So no permitted p has a smaller ||p - z||^2. (That (*) is not convex does not matter.)
+As lambda < 1, the right side is least at p = sparsemax(t z). There ||p - u||^2 - r^2 is 0, so the
+left side is just ||p - z||^2. For any other permitted p it is >= 0, and as lambda > 0 the left side
+is ||p - z||^2 or less. So no permitted p has a smaller ||p - z||^2. (That (*) is not convex does
+not matter.)
 
-*A formula for t.* By Pythagoras the ball cuts the face of m survivors in a ball around *its*
-centre, with squared radius rho_m^2 = max(0, r^2 - (1/m - 1/K)). A step t q reaches its surface if
+*A formula for t.* The line from u to the centre of a face is perpendicular to the face, and its
+length squared is 1/m - 1/K. So by Pythagoras the points of the face at distance r from u are those
+at distance rho_m from its centre, rho_m^2 = max(0, r^2 - (1/m - 1/K)). A step t q is that long if
 t = rho_m / ||q||, so with m survivors
 
     t_m = max(1, rho_m / ||q||),   p = 1/m + t_m q.
 
 In words: stay in the face, keep the direction, walk until the distance is right.
 
-*Which m?* Let t grow and follow the walk. It starts in the face of sparsemax's survivors. Where it
-meets the boundary, the smallest survivor is dropped, and the walk goes on in the face of the
-others. It ends when the distance is r. If it ends in the face of m survivors, their smallest weight
-there, 1/m + t_m q_m, is positive. And wherever that number is positive, the walk ends in the face
-of m or in an earlier, larger one. So: sort, try every m at once, keep the largest m that passes.
+*Which m?* Take the m largest logits, their q, and its smallest entry s. That 1/m + t s is positive
+says: sparsemax(t z) keeps m or more. If the walk ends with m survivors, this holds at t = t_m.
+Conversely, if it holds at t_m, then m or more are alive there; and should the walk come down to m
+later, its distance is r or more by then, so it never goes below m. Hence: sort, try every m at
+once, keep the largest that passes. (In the code `last` is s, `t` is t_m, `survives` "passes".)
 
 Digits for z = (.3, .1, -.1), K = 3, r_c = .8165:
 
@@ -88,19 +92,18 @@ Differentiate p = 1/m + rho_m n, with n = q / ||q||. For the survivors (all othe
 -11'/m: adding a constant to all logits changes nothing. -nn': stretching q changes nothing, as the
 distance is prescribed. That leaves m - 2 directions, so
 
-  * three survivors can turn in one direction, two in **none**: on an edge of the triangle the
-    radius alone fixes the point. The race between the last two is decided while three are alive.
-  * the gain rho_m / ||q|| explodes when the survivors' logits are nearly equal: seen from the
-    centre all directions are equally near, and a breath of wind decides. At equal logits the map
-    jumps, and no formula can save the slope. So the slope divides by max(||q||, eps), where eps is
-    the rounding step of the logits' dtype next to 1, and survivors with ||q|| below it count as
-    equal: the slope is finite always, and exact above eps. That bound is generous (8e6 in float32).
-    Start logits with some spread, and bound the step (Adam does).
+  * on the surface three survivors can turn in one direction, two in **none**: on an edge the
+    radius alone fixes the point, and no gradient can reverse the order of the last two.
+  * the gain rho_m / ||q|| grows without bound as the survivors' logits become equal; at equality
+    the map jumps, and no formula can save the slope. So the code divides by max(||q||, eps), where
+    eps is the rounding step of the logits' dtype next to 1. The slope may still reach 8e6 in
+    float32: start logits with some spread, and use an optimiser that bounds the step, like Adam.
 
 Conventions
 -----------
-  * Equal logits: every point of the ball's surface (in the face of the equal survivors) solves (*).
-    We take the one towards the *first* of them; K equal logits give (1-progress) u + progress e_1.
+  * Equal logits: if the largest tie, no t need reach r, and every point of the ball's surface in
+    their face solves (*). We take the one towards the *first* of them: K equal logits give
+    (1-progress) u + progress e_1.
   * A logit of -inf says "not allowed": weight 0, gradient 0, and the row acts as if it had only the
     others (K counts allowed entries). A row with NaN or +inf, or with nothing allowed, is all NaN.
   * float16 and bfloat16 are computed in float32 and rounded at the end.
@@ -130,8 +133,8 @@ def _apply(rows, logits, progress, dim):
 
     `rows` sees z: (..., K), float32 or float64, shifted so that each row's largest entry is exactly
     0 (all maps here ignore a shift, and small differences between large logits survive), -inf where
-    not allowed, never NaN; and `progress` as a 0-d tensor. Nothing here or below looks at a value,
-    which would stall a GPU: rows of every kind take the same path, and masks pick.
+    not allowed, never NaN; and `progress` as a 0-d tensor. No map looks at a tensor's values, which
+    would stall a GPU: rows of every kind take the same path, and masks pick.
     """
     if not isinstance(progress, torch.Tensor):
         if not 0 <= progress <= 1:  # so written, NaN fails too
@@ -148,8 +151,8 @@ def _apply(rows, logits, progress, dim):
     return (p + 0 * top).to(logits.dtype).movedim(-1, dim)  # 0 * top: NaN where top is bad
 
 
-# On a CPU bools take five to thirty times as long as floats. So yes and no are 1.0 and 0.0 below,
-# made with `sign` where that is the same.
+# On a CPU bools take five to thirty times as long as floats. So for whole rows yes and no are 1.0
+# and 0.0 below, made with `sign` where that is the same.
 
 def _first_of_largest(z):
     """(..., K), largest entry 0 -> (..., K): 1 at the first of the entries that are 0, else 0."""
@@ -163,7 +166,7 @@ def _count_allowed(z):
 
 
 def _centred(x, mask):
-    """x minus its mean where `mask` is 1, and 0 elsewhere: what of x moves within one face."""
+    """x minus its mean over the entries where `mask` is 1, and 0 at the others."""
     x = x * mask
     return x - mask * (x.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True))
 
@@ -187,12 +190,13 @@ class _Project(torch.autograd.Function):
 
     @staticmethod
     def forward(z, allowed, radius2, eps):
-        near = torch.finfo(z.dtype).eps  # a q shorter than this counts as 0: equal logits
-        # Whoever trails the best by 1 is out already in sparsemax. Cut at 2: out, no number large.
+        near = torch.finfo(z.dtype).eps  # survivors whose q is shorter than this count as equal
+        # A logit 1 below the best gets weight 0 in sparsemax already. So cutting at -2 changes
+        # nothing, and keeps large numbers and -inf away.
         x = z.clamp(min=-2)
         first = _first_of_largest(x)  # (..., K)
 
-        # Every m at once. `last` is the m-th logit minus the mean of the top m, the text's q_m.
+        # Every m at once. `last` is the m-th logit minus the mean of the top m, the text's s.
         # From m - 1 to m, ||q||^2 grows by last^2 m/(m-1) (Welford): all terms are positive,
         # nothing cancels, so near ties keep their digits.
         ranked = _ranked(x)  # (..., K)
@@ -212,9 +216,10 @@ class _Project(torch.autograd.Function):
         rho = (radius2 - (1 / m - 1 / allowed)).clamp(min=0).sqrt()  # (..., 1)
         q = _centred(x, support)  # (..., K)
         q_norm = q.norm(dim=-1, keepdim=True)  # (..., 1)
-        equal = (q_norm <= near).to(z.dtype)  # survivors point nowhere:
-        to_first = equal * (first - centre)  # then towards the first
+        # Equal survivors have no q: take the direction to the first (in x as well, for n below).
+        to_first = (q_norm <= near).to(z.dtype) * (first - centre)  # (..., K)
         x, q = x + to_first, q + to_first
+        # The length is t_m ||q|| = max(||q||, rho).
         step = torch.maximum(rho, q_norm) / q.norm(dim=-1, keepdim=True).clamp(min=near)
         p = (centre + q * step).clamp(min=0)  # (..., K)
         at_corner = (radius2 >= 1 - 1 / allowed).to(z.dtype)  # r >= r_c: the corner, to the
@@ -259,7 +264,7 @@ class _Project(torch.autograd.Function):
 
 
 def sparsestmax(logits, progress=0.0, dim=-1):
-    """Nearest point of the simplex at least `progress` times its circumradius away from its centre.
+    """The point of the simplex nearest to the logits, with a ball around the centre forbidden.
 
     The problem (*) above, solved exactly for every row along `dim`. Weights become exactly zero one
     after another as progress grows; at progress 1 the result is one-hot, at the largest logit (the
@@ -321,7 +326,7 @@ def sparsestmax_released(logits, progress=0.0, dim=-1):
 
 
 def sparsemax(logits, progress=0.0, dim=-1):
-    """Nearest point of the simplex: exact zeros, but no schedule, as `progress` is ignored.
+    """The point of the simplex nearest to the logits. Exact zeros, but `progress` is ignored.
 
     It is sparsestmax with a ball of radius 0. Arguments, result and errors: see `sparsestmax`.
     Source: Martins & Astudillo, arXiv 1602.02068.
@@ -338,7 +343,7 @@ def sparsemax(logits, progress=0.0, dim=-1):
 
 
 def softmax(logits, progress=0.0, dim=-1):
-    """p proportional to exp(z): the maximum of <p, z> + entropy(p). Never zero; no schedule.
+    """p proportional to exp(z); it maximises <p, z> + entropy(p). Never zero, no schedule.
 
     Arguments, result and errors: see `sparsestmax`.
 

@@ -10,27 +10,26 @@ simplex, made from learnable logits by *one* function f(logits, progress) of spa
     kernel    beta    (35, 4, 5)             the widths between two positions: one mask, below
 
 *One mask for all widths.* A kernel of width w is the leading slice of the widest kernel. So mixing
-widths needs no pass per width: channel ch belongs to every width above ch, hence its total weight
-is
+widths needs no pass per width: channel ch belongs to every width above ch, so its total weight is
 
     m[ch] = sum_w beta_w 1[ch < w]        a staircase that falls from 1
 
 and one convolution at the widest live width, times m, is the whole mixture.
 
-*Widths inside an operation* get the same treatment, though behind a ReLU it is no longer the exact
-mixture. dws has four hidden channels per input channel: its mask is the input's, each step four
-times as long. Between the two convolutions of residual lies the output's mask. A shortcut is the
-identity if the two widths agree and a 1x1 convolution if not; with p the chance that they agree,
-it becomes p x + (1 - p) conv(x). At one-hot weights each of these *is* the operation of
-search_space.py. That is why the found network can inherit its weights as they are and needs no
-retraining.
+*Widths inside an operation* are masked too. That is an approximation: a ReLU of masked sums is not
+the mixture of the ReLUs. dws has four hidden channels per input channel, so its mask is the
+input's, each step four times as long. Between the two convolutions of residual the output's mask
+is used. A shortcut is the identity if the two widths agree and a 1x1 convolution if not; with p the
+chance that they agree, it becomes p x + (1 - p) conv(x). At one-hot weights (1 for one candidate, 0
+for the others) each of these *is* the operation of search_space.py. That is why the found network
+can take over its kernels as they are, and need not start again.
 
 *Zeros are free.* Sparse maps give weights that are exactly zero, and such a zero gets no gradient.
 So a dead operation is not computed, channels past the widest live width are sliced off, and a node
 of the path tree is computed only if a live exit lies at or below it. This changes no number
-(tests/test_supernet.py compares values and gradients with the dense evaluation). A map whose zeros
-do carry a gradient, such as the straight-through gumbel, says so by an attribute `dense = True`
-and is evaluated in full.
+(tests/test_supernet.py compares with a *dense* evaluation, which computes all). A map whose zeros
+do carry a gradient, such as the straight-through gumbel, says so by an attribute `dense = True` and
+is evaluated in full.
 
     >>> net = Supernet(Space(scale=2, channels=16, cells=2, positions=2), sparsestmax)
     >>> weights = net.weights(progress=1.0)          # at the end of the schedule: all one-hot
@@ -60,7 +59,10 @@ COST, PRICE, ORDER = 0.03, 0.03, 1e-3  # weights of what is added to the loss, s
 
 
 class Weights(NamedTuple):
-    """A point on every simplex: the candidates' weights. Along the last dimension they sum to 1."""
+    """A point on every simplex: the candidates' weights. Along the last dimension they sum to 1.
+
+    (Also holds the same as plain numbers, see `Supernet.read`, or over time, see `draw_levels`.)
+    """
     gamma: torch.Tensor  # (nodes,)
     alpha: torch.Tensor  # (cells, positions, operations)
     beta: torch.Tensor  # (cells, positions - 1, widths)
@@ -74,8 +76,8 @@ def live_choices(weights: Weights) -> tuple[int, float, float]:
 
 
 # --- One cell of the supernet ------------------------------------------------------------------
-# In what follows `values` are weights as plain numbers: Python looks at them to decide what to
-# skip, while the tensors beside them carry the gradient.
+# The weights exist twice in what follows: as tensors, which carry the gradient, and as plain
+# numbers called `values`, at which Python looks to decide what to skip.
 
 def decided(values: np.ndarray) -> bool:
     """Are all these weights 0 or 1? Then nothing needs weighing."""
@@ -173,7 +175,7 @@ class Supernet(nn.Module):
     activation: f(logits (..., K), progress in [0, 1]) -> weights (..., K), see sparsestmax.py.
     spread: standard deviation of the initial logits, small so that no choice starts with a lead.
     recompute: run each cell once more in the backward pass instead of keeping its features: the
-    same numbers, a third more time, and memory for one cell instead of the whole tree.
+    same numbers, a third more time, and memory for one cell's features and every cell's input.
     costs: what the parts cost, of search_space.py; counted in multiply-adds if None.
     ValueError for a space so large that no memory would hold it.
     """
@@ -231,18 +233,18 @@ class Supernet(nn.Module):
     def with_ends(self, beta):
         """(cells, positions - 1, widths) -> (cells, positions + 1, widths).
 
-        A cell has a side more at each end, whose width is the full one for certain.
+        Adds the two ends of each cell, where the full width has weight 1.
         """
         end = beta.new_zeros(len(beta), 1, beta.shape[-1])
         end[..., -1] = 1
         return torch.cat([end, beta, end], 1)
 
     def read(self, weights: Weights, dense: bool = False) -> Weights:
-        """The weights in numpy (beta with a cell's ends), by which Python decides what to skip.
+        """The same as plain numbers, in numpy, by which Python decides what to skip.
 
-        A GPU is waited for here and nowhere else in a step. dense: all of them read as 1/2,
-        neither dead nor decided, so nothing is skipped. For maps whose zeros have a gradient, and
-        for tests.
+        Shapes as in Weights, but beta with the cells' ends: (cells, positions + 1, widths). A GPU
+        is waited for here and nowhere else in a step. dense: all of them read as 1/2, neither dead
+        nor decided, so nothing is skipped. For maps whose zeros have a gradient, and for tests.
         """
         parts = weights.gamma, weights.alpha, self.with_ends(weights.beta)
         numbers = torch.cat([w.detach().flatten() for w in parts]).cpu().numpy()  # one transfer
@@ -251,10 +253,10 @@ class Supernet(nn.Module):
         pieces = np.split(numbers, np.cumsum([w.numel() for w in parts[:-1]]))
         return Weights(*(piece.reshape(w.shape) for piece, w in zip(pieces, parts)))
 
-    def forward(self, x: torch.Tensor, weights: Weights, live: Weights | None = None):
+    def forward(self, x: torch.Tensor, weights: Weights, values: Weights | None = None):
         """The weighted sum of all exits: (B, 3, h, w) -> (B, 3, scale h, scale w).
 
-        weights: from `weights(progress)`. live: from `read(weights)`; called here if None.
+        weights: from `weights(progress)`. values: from `read(weights)`; called here if None.
         """
         space, nodes = self.space, self.space.nodes
         # 1. What the weights of the widths mean at every side of every cell: a mask, and the chance
@@ -262,7 +264,7 @@ class Supernet(nn.Module):
         beta = self.with_ends(weights.beta)  # (cells, positions + 1, widths)
         masks = (beta[..., None] * self.stairs).sum(-2)  # (cells, positions + 1, nf)
         agrees = (beta[:, :-1] * beta[:, 1:]).sum(-1)  # (cells, positions)
-        gamma_v, alpha_v, beta_v = live or self.read(weights)
+        gamma_v, alpha_v, beta_v = values or self.read(weights)
         # 2. A node is needed if a live exit lies at it or below it.
         needed = {exit[:i] for exit, g in zip(nodes, gamma_v) if g != 0
                   for i in range(1, len(exit) + 1)}
@@ -281,7 +283,7 @@ class Supernet(nn.Module):
                 sides = [Side(mask, v, space.widths[np.flatnonzero(v)[-1]], p)
                          for mask, v, p in zip(masks[c], beta_v[c], [None, *agrees[c].split(1)])]
                 arguments = h, weights.alpha[c], alpha_v[c], sides
-                # (Once a cell is decided it is as small as the found network's: nothing to save.)
+                # (A cell whose operations are decided has little to keep.)
                 if self.recompute and torch.is_grad_enabled() and not decided(alpha_v[c]):
                     h = checkpoint(self.body[node], *arguments, use_reentrant=False,
                                    preserve_rng_state=False)
@@ -297,14 +299,17 @@ class Supernet(nn.Module):
         out = sum(images[1:], images[0])
         return out if space.output == "tanh" else out + enlarge(x, space.scale)
 
-    # --- What the search adds to the loss ------------------------------------------------------
+    # --- The budget ----------------------------------------------------------------------------
+    # It acts three times. Before the search: `restrict` forbids the exits that cannot fit. During
+    # the search: `penalty` pulls the expected cost to a target. After it: `derive` repairs the
+    # choice, should it miss the budget all the same.
 
     def exit_costs(self, weights: Weights) -> torch.Tensor:
         """Expected cost of every exit, for a 1280x720 output: float64 (nodes,).
 
         The expectation over independent choices is exact, because an operation's cost involves the
         widths on its two sides only: E = sum_k sum_ij alpha_k beta_in(i) beta_out(j) cost(k, i, j).
-        At one-hot weights it is the cost of the derived network, to the last multiply-add.
+        At one-hot weights the chosen exit's is that of the derived network, to the last unit.
         """
         alpha, beta = weights.alpha.double(), self.with_ends(weights.beta.double())
         cells = torch.einsum("cpk,cpi,ckij,cpj->c", alpha, beta[:, :-1], self.table, beta[:, 1:])
@@ -322,17 +327,18 @@ class Supernet(nn.Module):
 
             off_i = log(c_i / target) + progress * log(cost if we stopped now / mean cost)
 
-        The second part corrects c_i, a mean over many networks, towards the one that will be left.
-        It has no slope; the mean's has to serve. Then
+        In the end one network is left, and it may cost more or less than the mean of today. The
+        second part, the same for all exits and without gradient, shifts every c_i by that ratio,
+        more and more as progress rises. Then
 
             COST  * sum_i gamma_i off_i^2         moves operations and widths: exits to the target
             PRICE * sum_i gamma_i max(0, off_i)   moves the path: away from what is too dear
             ORDER * order_loss                    moves the path: a deeper exit must earn its depth
 
-        Why each exit, not just their mean? One far too dear could hide behind cheap ones. Why the
-        price? Without it a path with an upsampling wins while its cells are still rich, and has to
-        starve them to 1x1 convolutions later (seen at x2, 12G). It asks nothing of exits that are
-        cheaper than the target: their cells can grow.
+        Each exit is judged, not the mean cost: else one at twice the target and one at nothing
+        would look right. Without the price the search picks a path with an early "u" while its
+        cells are large, and then has to shrink them to 1x1 convolutions (seen at x2, 12G). The
+        price asks nothing of exits that are cheaper than the target: their cells can grow.
         """
         costs = self.exit_costs(weights)  # (nodes,)
         off = torch.log(costs / target).float()
@@ -345,12 +351,13 @@ class Supernet(nn.Module):
         return COST * cells + PRICE * exits + ORDER * self.order_loss(weights)
 
     def order_loss(self, weights: Weights) -> torch.Tensor:
-        """The "sorted" of sorted sparsestmax: by how much deeper exits outweigh their parents.
+        """How much exits outweigh their parents: max(0, child - parent), summed over all edges.
 
-        Summed over the edges of the tree, max(0, child - parent): bounded, and zero where the order
-        holds. It favours shallow exits. (The authors' released code sums child - parent of the raw
-        logits along each complete path. All between the ends cancels: what is left is the sum over
-        leaves minus their number times the root, without a floor; see tests/test_supernet.py.)
+        What the paper calls sorting ("sorted sparsestmax"); it favours shallow exits. Bounded, and
+        zero where no exit outweighs its parent. (A forbidden parent weighs 0, so its children
+        always pay. The authors' released code sums child - parent of the raw logits along each
+        complete path. All between the ends cancels: what is left is the sum over leaves minus
+        their number times the root, without a floor; see tests/test_supernet.py.)
         """
         return F.relu(weights.gamma[1:] - weights.gamma[self.parents]).sum()
 
@@ -360,11 +367,11 @@ class Supernet(nn.Module):
                mean: Weights | None = None) -> Architecture:
         """The candidate with the largest weight at every choice; within `budget`, if it is given.
 
-        budget: (least, most) cost for a 1280x720 output. mean: the weights averaged (or summed)
-        over the whole search; `weights` if None. Where the decisions as they stand miss the
-        budget, those are changed that the search was least sure of: to take b in place of a loses
-        log(mean_a / mean_b), or nothing where b's mean is the larger, and the smallest total loss
-        wins. ValueError if no network is found within the budget.
+        budget: (least, most) cost for a 1280x720 output. If the largest weights miss it, the least
+        certain choices are changed: to take b in place of a loses
+        log(mean weight of a / mean weight of b), or nothing where b's is the larger, and the
+        changes of the smallest total loss win. mean: the weights summed or averaged over the whole
+        search; `weights` if None. ValueError if no network is found within the budget.
         """
         weights, mean = ([w.detach().double().cpu().numpy() for w in each]
                          for each in (weights, mean or weights))
@@ -422,11 +429,12 @@ class Supernet(nn.Module):
     # --- Keeping a budget ----------------------------------------------------------------------
 
     def restrict(self, least: float, target: float, most: float) -> None:
-        """Forbid exits whose networks all cost less than `least` or more than `target`.
+        """Forbid exits that cannot fit, so that they are never computed.
 
-        They are never computed. If no network is found between `least` and `target`, all up to the
-        budget `most` is allowed instead. ValueError, naming what is possible, if that leaves
-        nothing.
+        Allowed is an exit that has a network at or below `target` (or, if no exit has, below the
+        cheapest) and one at or above `least`. If the knapsack finds no network from `least` to
+        `most` there, all are allowed that can come down to `most`. ValueError, naming what is
+        possible, if that leaves nothing.
         """
         low, high = self.cost_range()
         words = self.costs.words
@@ -453,8 +461,8 @@ class Supernet(nn.Module):
     def cost_range(self) -> tuple[np.ndarray, np.ndarray]:
         """What the cheapest and the most expensive network at every exit cost, (nodes,) each.
 
-        Cell by cell, as a walk along its positions; value[c, w]: the best total of cell c's
-        positions so far, the last of which ends in width w.
+        The same walk twice, with minimum and with maximum. value[c, w]: the cheapest (or dearest)
+        way through the positions of cell c so far that ends in width w.
         """
         table, bounds = self.table.cpu().numpy(), []  # (cells, operations, widths, widths)
         for better, worst in (np.minimum, np.inf), (np.maximum, -np.inf):
@@ -466,7 +474,7 @@ class Supernet(nn.Module):
         return tuple(bounds)
 
     def _spell(self, exit, operations, widths) -> Architecture:
-        """From numbers, those of all cells, to names, those of the cells on the way to `exit`."""
+        """Candidates' numbers, for all cells -> the Architecture of the cells on `exit`'s path."""
         path, names = self.space.nodes[exit], tuple(OPERATIONS)
         cells = [self.cell_of[node] for node in cells_on(path)]
         return self.space.architecture(path, [[names[k] for k in operations[c]] for c in cells],
@@ -475,11 +483,11 @@ class Supernet(nn.Module):
     def _knapsack(self, gamma, alpha, beta, least, most, buckets=2000):
         """argmax of gamma[exit] + sum alpha[op] + sum beta[width] among networks within the budget.
 
-        Every choice is an item with a price, and we look for the best selection that costs `least`
-        to `most`: a knapsack. Along one path the operations form a chain, so dynamic programming
-        solves it, but for rounding: costs are counted in `buckets`. Rounding must break no
-        promise, so networks within a few buckets of either bound may be passed over. ValueError if
-        none is left.
+        gamma, alpha, beta: scores of the candidates here. Every choice is an item with a price, and
+        we look for the best selection that costs `least` to `most`: a knapsack. Along one path the
+        positions form a chain, so dynamic programming solves it, with costs rounded to `buckets`.
+        To be safe against the rounding we stay a few buckets inside both bounds, so a network just
+        inside may be missed. ValueError if none is left.
         """
         table, unit = self.table.cpu().numpy(), most / buckets
         end = np.full((len(beta), 1, beta.shape[-1]), -np.inf)
