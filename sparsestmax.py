@@ -126,56 +126,43 @@ import numpy as np
 import torch
 
 
-# --- What all maps share -----------------------------------------------------------------------
+# --- The map -----------------------------------------------------------------------------------
 
-def _apply(rows, logits, progress, dim):
-    """Bring `logits` into a standard form, call `rows(z, progress)`, and undo the standard form.
+def sparsestmax(logits, progress=0.0, dim=-1):
+    """The point of the simplex nearest to the logits, with a ball around the centre forbidden.
 
-    `rows` sees z: (..., K), float32 or float64, shifted so that each row's largest entry is exactly
-    0 (all maps here ignore a shift, and small differences between large logits survive), -inf where
-    not allowed, never NaN; and `progress` as a 0-d tensor. No map looks at a tensor's values, which
-    would stall a GPU: rows of every kind take the same path, and masks pick.
+    The problem (*) above, solved exactly for every row along `dim`. Weights become exactly zero one
+    after another as progress grows; at progress 1 the result is one-hot, at the largest logit (the
+    first of them).
+
+    Args:
+        logits: (..., K) float tensor, any leading shape; -inf marks an entry that is not allowed.
+        progress: float or 0-d tensor in [0, 1], r / r_c. Does not receive a gradient.
+        dim: the dimension of length K.
+    Returns:
+        Weights, of the shape, dtype and device of `logits`.
+    Raises:
+        ValueError: a float progress outside [0, 1]. (A tensor is not looked at.)
+    Source:
+        Shao et al., arXiv 1903.03793, section 3, as a definition; the closed form is derived above.
+
+    >>> z, r_c = torch.tensor([.3, .1, -.1]), (2 / 3) ** .5
+    >>> sparsestmax(z, .28 / r_c)                       # sparsemax's point is outside the ball
+    tensor([0.5333, 0.3333, 0.1333])
+    >>> sparsestmax(z, .4 / r_c)
+    tensor([0.6162, 0.3333, 0.0505])
+    >>> sparsestmax(z, .5 / r_c)
+    tensor([0.7041, 0.2959, 0.0000])
+    >>> sparsestmax(z, 1.0)
+    tensor([1., 0., 0.])
+    >>> sparsestmax(torch.tensor([.3, .28, -torch.inf, .22, .2]), .25 / .75 ** .5)    # four allowed
+    tensor([0.4016, 0.3410, 0.0000, 0.1590, 0.0984])
     """
-    if not isinstance(progress, torch.Tensor):
-        if not 0 <= progress <= 1:  # so written, NaN fails too
-            raise ValueError(f"progress must lie in [0, 1], got {progress}")
-        # A tensor from here on, so that a compiled graph serves every value.
-        progress = torch.full((), progress, dtype=torch.float64, device=logits.device)
-    z = logits.movedim(dim, -1)  # (..., K)
-    if z.dtype in (torch.float16, torch.bfloat16):
-        z = z.float()
-    top = z.detach().amax(-1, keepdim=True)  # (..., 1)
-    bad = ~top.isfinite()  # NaN and +inf reach the maximum; -inf: nothing allowed
-    z = torch.where(bad, 0.0, z - top)  # bad rows take part as zeros, so gradients stay finite
-    p = rows(z, progress.detach().to(z))  # (..., K)
-    return (p + 0 * top).to(logits.dtype).movedim(-1, dim)  # 0 * top: NaN where top is bad
-
-
-# On a CPU bools take five to thirty times as long as floats. So for whole rows yes and no are 1.0
-# and 0.0 below, made with `sign` where that is the same.
-
-def _first_of_largest(z):
-    """(..., K), largest entry 0 -> (..., K): 1 at the first of the entries that are 0, else 0."""
-    largest = 1 + z.sign()
-    return largest * (2 - largest.cumsum(-1)).relu()
-
-
-def _count_allowed(z):
-    """(..., K) -> (..., 1): how many entries are not -inf, in the dtype of z."""
-    return (z > -torch.inf).sum(-1, keepdim=True).to(z.dtype)
-
-
-def _centred(x, mask):
-    """x minus its mean over the entries where `mask` is 1, and 0 at the others."""
-    x = x * mask
-    return x - mask * (x.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True))
-
-
-def _ranked(x):
-    """x sorted, largest first. On a CPU by numpy, at K = 64 ten times as fast as torch."""
-    if x.is_cpu:
-        return torch.from_numpy(-np.sort(-x.numpy(), -1))
-    return x.sort(-1, descending=True).values
+    def rows(z, progress):
+        allowed = _count_allowed(z)
+        radius2 = progress ** 2 * (1 - 1 / allowed)  # (..., 1)
+        return _Project.apply(z, allowed, radius2, torch.finfo(logits.dtype).eps)[0]
+    return _apply(rows, logits, progress, dim)
 
 
 # --- The projection ----------------------------------------------------------------------------
@@ -263,41 +250,56 @@ class _Project(torch.autograd.Function):
         return _Project.apply(*inputs), (0, 0, 0)
 
 
-def sparsestmax(logits, progress=0.0, dim=-1):
-    """The point of the simplex nearest to the logits, with a ball around the centre forbidden.
+# --- What all maps share -----------------------------------------------------------------------
 
-    The problem (*) above, solved exactly for every row along `dim`. Weights become exactly zero one
-    after another as progress grows; at progress 1 the result is one-hot, at the largest logit (the
-    first of them).
+def _apply(rows, logits, progress, dim):
+    """Bring `logits` into a standard form, call `rows(z, progress)`, and undo the standard form.
 
-    Args:
-        logits: (..., K) float tensor, any leading shape; -inf marks an entry that is not allowed.
-        progress: float or 0-d tensor in [0, 1], r / r_c. Does not receive a gradient.
-        dim: the dimension of length K.
-    Returns:
-        Weights, of the shape, dtype and device of `logits`.
-    Raises:
-        ValueError: a float progress outside [0, 1]. (A tensor is not looked at.)
-    Source:
-        Shao et al., arXiv 1903.03793, section 3, as a definition; the closed form is derived above.
-
-    >>> z, r_c = torch.tensor([.3, .1, -.1]), (2 / 3) ** .5
-    >>> sparsestmax(z, .28 / r_c)                       # sparsemax's point is outside the ball
-    tensor([0.5333, 0.3333, 0.1333])
-    >>> sparsestmax(z, .4 / r_c)
-    tensor([0.6162, 0.3333, 0.0505])
-    >>> sparsestmax(z, .5 / r_c)
-    tensor([0.7041, 0.2959, 0.0000])
-    >>> sparsestmax(z, 1.0)
-    tensor([1., 0., 0.])
-    >>> sparsestmax(torch.tensor([.3, .28, -torch.inf, .22, .2]), .25 / .75 ** .5)    # four allowed
-    tensor([0.4016, 0.3410, 0.0000, 0.1590, 0.0984])
+    `rows` sees z: (..., K), float32 or float64, shifted so that each row's largest entry is exactly
+    0 (all maps here ignore a shift, and small differences between large logits survive), -inf where
+    not allowed, never NaN; and `progress` as a 0-d tensor. No map looks at a tensor's values, which
+    would stall a GPU: rows of every kind take the same path, and masks pick.
     """
-    def rows(z, progress):
-        allowed = _count_allowed(z)
-        radius2 = progress ** 2 * (1 - 1 / allowed)  # (..., 1)
-        return _Project.apply(z, allowed, radius2, torch.finfo(logits.dtype).eps)[0]
-    return _apply(rows, logits, progress, dim)
+    if not isinstance(progress, torch.Tensor):
+        if not 0 <= progress <= 1:  # so written, NaN fails too
+            raise ValueError(f"progress must lie in [0, 1], got {progress}")
+        # A tensor from here on, so that a compiled graph serves every value.
+        progress = torch.full((), progress, dtype=torch.float64, device=logits.device)
+    z = logits.movedim(dim, -1)  # (..., K)
+    if z.dtype in (torch.float16, torch.bfloat16):
+        z = z.float()
+    top = z.detach().amax(-1, keepdim=True)  # (..., 1)
+    bad = ~top.isfinite()  # NaN and +inf reach the maximum; -inf: nothing allowed
+    z = torch.where(bad, 0.0, z - top)  # bad rows take part as zeros, so gradients stay finite
+    p = rows(z, progress.detach().to(z))  # (..., K)
+    return (p + 0 * top).to(logits.dtype).movedim(-1, dim)  # 0 * top: NaN where top is bad
+
+
+# On a CPU bools take five to thirty times as long as floats. So for whole rows yes and no are 1.0
+# and 0.0 below, made with `sign` where that is the same.
+
+def _first_of_largest(z):
+    """(..., K), largest entry 0 -> (..., K): 1 at the first of the entries that are 0, else 0."""
+    largest = 1 + z.sign()
+    return largest * (2 - largest.cumsum(-1)).relu()
+
+
+def _count_allowed(z):
+    """(..., K) -> (..., 1): how many entries are not -inf, in the dtype of z."""
+    return (z > -torch.inf).sum(-1, keepdim=True).to(z.dtype)
+
+
+def _centred(x, mask):
+    """x minus its mean over the entries where `mask` is 1, and 0 at the others."""
+    x = x * mask
+    return x - mask * (x.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True))
+
+
+def _ranked(x):
+    """x sorted, largest first. On a CPU by numpy, at K = 64 ten times as fast as torch."""
+    if x.is_cpu:
+        return torch.from_numpy(-np.sort(-x.numpy(), -1))
+    return x.sort(-1, descending=True).values
 
 
 # --- Its relatives, for comparison -------------------------------------------------------------
