@@ -124,8 +124,7 @@ class Run:
         # judges the candidates anew.
         logits = self.supernet.logits()
         self.logits_optimiser = torch.optim.Adam(logits, LOGITS_RATE, (0.5, 0.999), fused=True)
-        self.optimiser = self.adam(p for p in self.supernet.parameters()
-                                   if not any(p is l for l in logits))
+        self.optimiser = self.adam([*self.supernet.parameters()][len(logits):])  # they come first
         self.step, self.seconds = 0, {"search": 0.0, "training": 0.0}
         self.halvings = 0  # of the rate, after divergence
         self.history = []  # rows of history.csv
@@ -253,11 +252,10 @@ class Run:
                         saved = time.perf_counter()
                 self.save()
             except FloatingPointError:
-                if not stopped():
+                if not stopped():  # (else the last sound checkpoint stands)
                     raise
-                raise KeyboardInterrupt(stopped()) from None  # the last sound checkpoint stands
-        if self.step < s.steps:
-            raise KeyboardInterrupt(stopped())
+        if number := stopped():
+            raise KeyboardInterrupt(number)
 
     def add_row(self, progress: float, weights: Weights, cost: torch.Tensor) -> str:
         """Add a row to history.csv: mean loss since the last row, what is alive. -> as text."""
@@ -347,9 +345,8 @@ class Run:
         network = self.network.cpu().to(memory_format=torch.contiguous_format).eval()
         write("architecture.json", a.to_json() + "\n")
         write("network.pt", partial(save_tensors, network.state_dict()))
-        rows = self.history[0].keys(), *(row.values() for row in self.history)
-        lines = [",".join(map(str, row)) for row in rows]
-        write("history.csv", "\n".join(lines) + "\n")
+        rows = self.history[0].keys(), *map(dict.values, self.history)
+        write("history.csv", "".join(",".join(map(str, row)) + "\n" for row in rows))
         steps, *levels = zip(*self.snapshots)
         levels = Weights(*(torch.stack(level).cpu().numpy() for level in levels))  # (T, ...) each
         write("distributions.npz", partial(np.savez_compressed, steps=np.array(steps),
@@ -429,17 +426,17 @@ class Patches:
         self.scale = pairs[0][1].shape[0] // pairs[0][0].shape[0]
         self.sizes = torch.tensor([lr.shape[:2] for lr, _ in pairs])  # (photographs, 2), of LR
         details = [torch.from_numpy(detail(*pair)) for pair in pairs]  # (rows, columns) of blocks
-        self.columns = torch.tensor([each.shape[1] for each in details])  # (photographs,)
-        self.blocks = torch.tensor([each.numel() for each in details])  # (photographs,)
         areas = self.sizes.prod(1).tolist()
-        # The chance of each block, photograph after photograph, row after row: (all blocks,)
+        # Of all blocks: photograph, row and column (blocks, 3); and chance (blocks,).
+        self.blocks = torch.cat([F.pad(each.argwhere(), (1, 0), value=i)
+                                 for i, each in enumerate(details)])
         self.chances = torch.cat([each.flatten() / area for each, area in zip(details, areas)])
         self.up_to = self.chances.cumsum(0)  # of a block and all before it
 
     def only(self, photos: torch.Tensor) -> "Patches":
         """Patches of these photographs alone, of the same pixels in memory."""
-        part, there = copy.copy(self), torch.isin(torch.arange(len(self.pairs)), photos)
-        part.up_to = (self.chances * there.repeat_interleave(self.blocks)).cumsum(0)
+        part = copy.copy(self)
+        part.up_to = (self.chances * torch.isin(self.blocks[:, 0], photos)).cumsum(0)
         return part
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -460,12 +457,10 @@ class Patches:
 
     def draw(self, size: int, generator: torch.Generator) -> torch.Tensor:
         """Where to cut: photograph, top, left and turn of each patch, (size, 4)."""
-        # 1. A block by its chance; i, the photograph it is in; its corner there.
+        # 1. A block by its chance: photograph and corner.
         chance = torch.rand(size, generator=generator, dtype=torch.double) * self.up_to[-1]
-        block, ends = torch.searchsorted(self.up_to, chance, right=True), self.blocks.cumsum(0)
-        i = torch.searchsorted(ends, block, right=True)  # (size,)
-        block = block - (ends - self.blocks)[i]  # counted from the photograph's first
-        corner = BLOCK * torch.stack([block // self.columns[i], block % self.columns[i]], 1)
+        block = self.blocks[torch.searchsorted(self.up_to, chance, right=True)]  # (size, 3)
+        i, corner = block[:, 0], BLOCK * block[:, 1:]
         # 2. A pixel in the block, a patch that holds it somewhere, moved into the photograph.
         pixel = corner + torch.randint(BLOCK, (size, 2), generator=generator)  # (size, 2)
         corner = pixel - torch.randint(self.patch, (size, 2), generator=generator)
@@ -486,9 +481,9 @@ def detail(lr: np.ndarray, hr: np.ndarray) -> np.ndarray:
     For each LR pixel the mean absolute difference, in green, from the scale x scale HR pixels that
     it stands for; summed over each block.
     """
-    (h, w), s, green = lr.shape[:2], hr.shape[0] // lr.shape[0], lr[..., 1].astype(np.int16)
-    lost = sum(np.abs(hr[y::s, x::s, 1] - green) for y in range(s) for x in range(s)) / s ** 2
-    lost = lost + 0.1  # (h, w); + 0.1: what is flat is drawn, too, now and then
+    (h, w), s = lr.shape[:2], hr.shape[0] // lr.shape[0]
+    lost = np.abs(hr[..., 1].reshape(h, s, w, s) - lr[:, None, :, None, 1].astype(np.int16))
+    lost = lost.mean((1, 3)) + 0.1  # (h, w); + 0.1: what is flat is drawn, too, now and then
     lost = np.pad(lost, ((0, -h % BLOCK), (0, -w % BLOCK)))
     return lost.reshape(len(lost) // BLOCK, BLOCK, -1, BLOCK).sum((1, 3))
 
@@ -689,7 +684,9 @@ def resumed(settings: argparse.Namespace, out: Path, data: Data) -> Run:
     for path in (out / name for name in CHECKPOINTS):
         try:
             state = load_tensors(path, settings.device)
-            run = Run(settings, out, Costs(**state["costs"]))
+            # (What is counted is counted afresh: the file may be anybody's.)
+            costs = Costs(**state["costs"]) if settings.unit == "ms" else None
+            run = Run(settings, out, costs)
             run.data = data
             run.load(state)
             if RANK == 0 and path != newest and newest.exists():

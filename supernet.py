@@ -386,7 +386,6 @@ class Supernet(nn.Module):
             w = np.log(np.maximum(w, 1e-9))
             scores.append(np.minimum(w - np.take_along_axis(w, np.expand_dims(pick, -1), -1), 0))
         # 3. The best total score among the networks within the budget, at an exit that is allowed.
-        scores[0][np.setdiff1d(np.arange(len(scores[0])), self.allowed.cpu())] = -np.inf
         return self._spell(*self._knapsack(*scores, *budget))
 
     def inherit(self, architecture: Architecture) -> Network:
@@ -411,20 +410,16 @@ class Supernet(nn.Module):
 
     def origins(self, network: Network):
         """Pairs (parameter of `network`, parameter of ours whose leading slice it is)."""
-        a, mine = network.architecture, dict(self.named_parameters())
-        for name, parameter in network.named_parameters():
-            part, *rest = name.split(".")
-            if part == "tail":  # tail.conv.weight -> tails.PATH.conv.weight
-                source = ["tails", a.path, *rest]
-            elif part == "body":  # body.I.conv.weight -> body.NODE.conv.weight
-                i = int(rest[0])
-                source = ["body", a.path[:i + 1], *rest[1:]]
-                if a.path[i] == "c":  # ... .ops.POSITION. -> .ops.POSITION.OPERATION.
-                    cell, position = a.path[:i].count("c"), int(rest[2])
-                    source.insert(4, a.operations[cell][position])
-            else:
-                source = [part, *rest]
-            yield parameter, mine[".".join(source)]
+        a = network.architecture
+        pairs = [(network.head, self.head), (network.tail, self.tails[a.path])]
+        cells = iter(a.operations)
+        for i, layer in enumerate(network.body):
+            mine = self.body[a.path[:i + 1]]
+            pairs += ([(layer, mine)] if a.path[i] == "u" else
+                      [(op, ops[name]) for op, ops, name in zip(layer.ops, mine.ops, next(cells))])
+        for layer, mine in pairs:
+            for name, parameter in layer.named_parameters():
+                yield parameter, mine.get_parameter(name)
 
     # --- Keeping a budget ----------------------------------------------------------------------
 
@@ -436,23 +431,14 @@ class Supernet(nn.Module):
         `most` there, all are allowed that can come down to `most`. ValueError, naming what is
         possible, if that leaves nothing.
         """
-        low, high = self.cost_range()
-        words = self.costs.words
-        if low.min() > most:
-            raise ValueError(f"no network meets a budget of {words(most)}: the smallest of this "
-                             f"space has {words(low.min())} (for a 1280x720 output)")
-        if high.max() < least:
-            raise ValueError(f"no network uses a budget of {words(most)}: the largest of this "
-                             f"space has {words(high.max())} (for a 1280x720 output)")
         # By these bounds an exit may be allowed and still have no network just within the budget,
         # so the knapsack is asked whether there is one.
+        low, high = self.cost_range()
         for dearest in max(target, low.min()), most:
-            allowed = (low <= dearest) & (high >= least)
-            self.allowed = torch.from_numpy(np.flatnonzero(allowed)).to(self.allowed.device)
-            scores = [np.where(allowed, 0, -np.inf)]
-            scores += [np.zeros(logits.shape) for logits in self.logits()[1:]]
+            allowed = np.flatnonzero((low <= dearest) & (high >= least))
+            self.allowed = torch.from_numpy(allowed).to(self.allowed.device)
             try:
-                self._knapsack(*scores, least, most)
+                self._knapsack(*(np.zeros(p.shape) for p in self.logits()), least, most)
                 return
             except ValueError:
                 if dearest == most:
@@ -490,17 +476,17 @@ class Supernet(nn.Module):
         inside may be missed. ValueError if none is left.
         """
         table, unit = self.table.cpu().numpy(), most / buckets
-        end = np.full((len(beta), 1, beta.shape[-1]), -np.inf)
-        end[..., -1] = 0  # a cell begins and ends at full width
-        beta = np.concatenate([end, beta, end], 1)  # (cells, positions + 1, widths)
+        beta = np.pad(beta, ((0, 0), (0, 1), (0, 0)), constant_values=-np.inf)
+        beta[:, -1, -1] = 0  # a cell ends (and begins) at full width
         best, widest = (-np.inf, None), beta.shape[-1] - 1
-        for exit, (fixed, on_path) in enumerate(zip(self.fixed.tolist(), self.on_path.tolist())):
+        for exit in self.allowed.tolist():
+            fixed, on_path = self.fixed[exit].item(), self.on_path[exit].tolist()
             chain = [(c, p) for c, there in enumerate(on_path) if there
                      for p in range(self.space.positions)]
             slack = len(chain) / 2 + 1  # each rounding may be wrong by half a bucket
             low, high = int(np.ceil(least / most * buckets + slack)), int(buckets - slack)
             start = round(fixed / unit)
-            if gamma[exit] == -np.inf or start > high or low > high:
+            if start > high or low > high:
                 continue
             # 1. Along the chain. value[w, b]: the best score of all ways to come so far that end in
             #    width w and have spent b buckets.
@@ -509,24 +495,24 @@ class Supernet(nn.Module):
             steps = []
             for c, p in chain:
                 prices = np.rint(table[c] / unit).astype(int)  # (operations, widths, widths)
-                value, won = one_further(value, prices, alpha[c, p], beta[c, p + 1])
+                value, won = one_further(value, prices, alpha[c, p], beta[c, p])
                 steps.append((c, p, prices, won))
             # 2. The best end: at full width, within the budget. 3. If no exit before had a better
             #    one, walk back from there and note what was chosen on the way.
             bucket, width = low + int(value[widest, low:].argmax()), widest
             score = value[width, bucket]
             if score > best[0]:
-                operations, widths = np.zeros(alpha.shape[:2], int), np.zeros(beta.shape[:2], int)
+                operations, widths = np.zeros((2, *alpha.shape[:2]), int)
                 for c, p, prices, won in reversed(steps):
                     k, before = won[width, bucket]
-                    operations[c, p], widths[c, p + 1] = k, width
+                    operations[c, p], widths[c, p] = k, width
                     bucket, width = bucket - prices[k, before, width], before
-                best = score, (exit, operations, widths[:, 1:-1])
+                best = score, (exit, operations, widths[:, :-1])
         if best[1] is None:
-            words = self.costs.words
-            raise ValueError(f"found no network of this space that costs {words(least)} to "
-                             f"{words(most)} (in steps of {words(unit)}): change the budget or "
-                             "enlarge the space")
+            words, (low, high) = self.costs.words, self.cost_range()
+            raise ValueError(f"no network was found that costs {words(least)} to {words(most)}: "
+                             f"the smallest of this space has {words(low.min())}, the largest of "
+                             f"this space has {words(high.max())} (for a 1280x720 output)")
         return best[1]
 
 
