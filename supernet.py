@@ -385,7 +385,7 @@ class Supernet(nn.Module):
         for w, pick in zip(mean, picks):
             w = np.log(np.maximum(w, 1e-9))
             scores.append(np.minimum(w - np.take_along_axis(w, np.expand_dims(pick, -1), -1), 0))
-        # 3. The best total score among the networks within the budget, at an exit that is allowed.
+        # 3. The best total score among the networks within the budget.
         return self._spell(*self._knapsack(*scores, *budget))
 
     def inherit(self, architecture: Architecture) -> Network:
@@ -426,13 +426,13 @@ class Supernet(nn.Module):
     def restrict(self, least: float, target: float, most: float) -> None:
         """Forbid exits that cannot fit, so that they are never computed.
 
-        Allowed is an exit that has a network at or below `target` (or, if no exit has, below the
-        cheapest) and one at or above `least`. If the knapsack finds no network from `least` to
-        `most` there, all are allowed that can come down to `most`. ValueError, naming what is
-        possible, if that leaves nothing.
+        Allowed is an exit that has a network at or below `target` (or below the cheapest of all,
+        if that is dearer) and one at or above `least`. If the knapsack finds no network from
+        `least` to `most` there, all are allowed that can come down to `most`. ValueError, naming
+        what is possible, if that leaves nothing.
         """
-        # By these bounds an exit may be allowed and still have no network just within the budget,
-        # so the knapsack is asked whether there is one.
+        # An exit may pass these bounds and still have no network just within the budget, so the
+        # knapsack is asked whether there is one.
         low, high = self.cost_range()
         for dearest in max(target, low.min()), most:
             allowed = np.flatnonzero((low <= dearest) & (high >= least))
@@ -469,11 +469,11 @@ class Supernet(nn.Module):
     def _knapsack(self, gamma, alpha, beta, least, most, buckets=2000):
         """argmax of gamma[exit] + sum alpha[op] + sum beta[width] among networks within the budget.
 
-        gamma, alpha, beta: scores of the candidates here. Every choice is an item with a price, and
-        we look for the best selection that costs `least` to `most`: a knapsack. Along one path the
-        positions form a chain, so dynamic programming solves it, with costs rounded to `buckets`.
-        To be safe against the rounding we stay a few buckets inside both bounds, so a network just
-        inside may be missed. ValueError if none is left.
+        Only at allowed exits. gamma, alpha, beta are scores of the candidates here. Every choice is
+        an item with a price, and we look for the best selection that costs `least` to `most`: a
+        knapsack. Along one path the positions form a chain, so dynamic programming solves it, with
+        costs rounded to `buckets`. To be safe against the rounding we stay a few buckets inside
+        both bounds, so a network just inside may be missed. ValueError if none is left.
         """
         table, unit = self.table.cpu().numpy(), most / buckets
         beta = np.pad(beta, ((0, 0), (0, 1), (0, 0)), constant_values=-np.inf)
