@@ -142,7 +142,8 @@ def sparsestmax(logits, progress=0.0, dim=-1):
     Returns:
         Weights, of the shape, dtype and device of `logits`.
     Raises:
-        ValueError: a float progress outside [0, 1]. (A tensor is not looked at.)
+        ValueError: logits that are not floats; a float progress outside [0, 1]. (A tensor's value
+            is not looked at.)
     Source:
         Shao et al., arXiv 1903.03793, section 3, as a definition; the closed form is derived above.
 
@@ -260,6 +261,8 @@ def _apply(rows, logits, progress, dim):
     not allowed, never NaN; and `progress` as a 0-d tensor. No map looks at a tensor's values, which
     would stall a GPU: rows of every kind take the same path, and masks pick.
     """
+    if not logits.is_floating_point():  # weights of that dtype would all be rounded to 0
+        raise ValueError(f"logits must be floats, got {logits.dtype}: pass logits.float()")
     if not isinstance(progress, torch.Tensor):
         if not 0 <= progress <= 1:  # so written, NaN fails too
             raise ValueError(f"progress must lie in [0, 1], got {progress}")
@@ -444,7 +447,7 @@ def get_activation(name: str):
 def off_simplex(z, p, tolerance=1e-4):
     """What keeps p from being weights for the logits z, in words; None if nothing does."""
     if not isinstance(p, torch.Tensor):
-        return f"the result is no tensor but a {type(p).__name__}"
+        return f"the result is no tensor but {'None' if p is None else 'a ' + type(p).__name__}"
     if p.shape != z.shape:
         return f"the result has shape {tuple(p.shape)}, the logits have {tuple(z.shape)}"
     if p.dtype != z.dtype:
@@ -452,18 +455,28 @@ def off_simplex(z, p, tolerance=1e-4):
     rows, inputs = (x.detach().reshape(-1, x.shape[-1]).tolist() for x in (p, z))
     for i, (row, z) in enumerate(zip(rows, inputs)):
         short = [round(value, 4) for value in z[:6]]
+        # Six digits may look like 1 where it is not: how far off is said as well.
         for value in row:
             if not 0 <= value <= 1 + tolerance:  # so written, NaN fails too
-                return f"row {i}, logits {short}, has the weight {value:.6g}, not in [0, 1]"
-        if abs(sum(row) - 1) > tolerance:
-            return f"row {i}, logits {short}, sums to {sum(row):.6g}, not 1"
+                above = f" ({value - 1:.2g} above 1)" if value > 1 else ""
+                return f"row {i}, logits {short}, has the weight {value:.6g}, not in [0, 1]{above}"
+        off = sum(row) - 1
+        if abs(off) > tolerance:
+            return (f"row {i}, logits {short}, sums to {sum(row):.6g} "
+                    f"({abs(off):.2g} {'above' if off > 0 else 'below'} 1)")
     return None
 
 
-if __name__ == "__main__":
+def main():
     z = torch.tensor([.3, .28, .22, .2])
     print("logits      ", "  ".join(f"{v:6.2f}" for v in z.tolist()))
     for progress in (0, .2, .3, .4, .5, .6, .7, .8, .9, 1.):
         p = sparsestmax(z, progress)
         digits = "  ".join(f"{v:6.4f}" for v in p.tolist())
         print(f"progress {progress:.1f}", digits, f"  {int((p > 0).sum())} alive")
+
+
+if __name__ == "__main__":
+    from search_space import shown
+    with shown():
+        main()

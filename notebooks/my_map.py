@@ -1,6 +1,7 @@
 """Your maps onto the simplex; the tasks are in 6_assignment.ipynb.
 
-Each is f(logits (..., K), progress in [0, 1]) -> weights (..., K). Search with one by
+Each is f(logits (..., K), progress in [0, 1]) -> weights (..., K), in torch alone, as torch follows
+no other way back to a gradient; and it leaves its logits as they are. Search with one by
 
     python search.py --scale 2 --preset lesson --activation notebooks/my_map.py:my_map
 

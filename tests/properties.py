@@ -5,7 +5,6 @@ What must hold, held?
     python tests/properties.py --minutes 20
     python tests/properties.py --case 12345                    # one case again, with its traceback
 """
-import argparse
 import random
 import sys
 import tempfile
@@ -16,6 +15,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from evaluate import CommandLine
+from search import checked, whole
 from search_space import (Architecture, Network, Space, counted_costs, load_run, load_tensors,
                           save_tensors)
 from sparsestmax import ACTIVATIONS
@@ -96,10 +97,12 @@ def case(seed: int, folder: Path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Random cases through build, forward, backward, "
-                                     "derive, count, save and load.")
-    parser.add_argument("--minutes", type=float, default=20)
-    parser.add_argument("--case", type=int, help="only this one")
+    parser = CommandLine(prog="properties.py", description="Random cases through build, forward, "
+                         "backward, derive, count, save and load.")
+    add = parser.add_mutually_exclusive_group().add_argument
+    minutes = checked(float, lambda m: 0 < m < 1e6, "a number of minutes above 0")
+    add("--minutes", type=minutes, default=20.0, help="(default: 20)")
+    add("--case", type=whole, help="only this one")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if args.case is not None:

@@ -4,8 +4,10 @@ And the assignment's tasks.
 """
 import ast
 import importlib.util
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -49,6 +51,168 @@ def test_a_broken_map_is_found(law, f):
         checks.laws_of(f)[law](f)
 
 
+# --- What a wrong map is told ---------------------------------------------------------------------
+
+def wide(z):
+    return z.float() if z.dtype == torch.bfloat16 else z
+
+
+def by_halving(z, shift=True):
+    """Entmax-1.5, its tau found by halving an interval: a search that no gradient gets through."""
+    x = wide(z)
+    if shift:
+        x = x - x.amax(-1, keepdim=True)
+    with torch.no_grad():
+        high = x.amax(-1, keepdim=True) / 2
+        low = high - 1
+        for _ in range(50):
+            tau = (low + high) / 2
+            much = (x / 2 - tau).clamp(min=0).square().sum(-1, keepdim=True) > 1
+            low, high = torch.where(much, tau, low), torch.where(much, high, tau)
+    return (x / 2 - tau).clamp(min=0).square().to(z.dtype)
+
+
+def numpy_inside(z, progress):
+    e = np.exp(z.numpy() - z.numpy().max(-1, keepdims=True))
+    return torch.from_numpy(e / e.sum(-1, keepdims=True))
+
+
+def numpy_at_last(z, progress):
+    return z.softmax(-1).detach().float().numpy()
+
+
+def numpy_in_disguise(z, progress):
+    p = np.exp((z - z.amax(-1, keepdim=True)).detach().double().numpy())
+    return torch.tensor(p / p.sum(-1, keepdims=True)).to(z.dtype)
+
+
+def items(z, progress):
+    rows = z.reshape(-1, z.shape[-1]).softmax(-1)
+    return torch.tensor([[w.item() for w in row] for row in rows], dtype=z.dtype).reshape(z.shape)
+
+
+def rows_and_columns(z, progress):
+    rows, columns = z.shape
+    return z.softmax(-1)
+
+
+def changes_its_input(z, progress):
+    z -= z.amax(-1, keepdim=True)
+    return z.softmax(-1)
+
+
+def changes_its_input_unseen(z, progress):
+    z.data.sub_(z.data.amax(-1, keepdim=True))
+    return z.softmax(-1)
+
+
+def changes_on_the_way(z, progress):
+    p = (z - z.amax(-1, keepdim=True)).exp()
+    p /= p.sum(-1, keepdim=True)
+    return p
+
+
+def exp_of_anything(z, progress):
+    return z.exp() / z.exp().sum(-1, keepdim=True)
+
+
+def half_detached(z, progress):
+    e = (z - z.amax(-1, keepdim=True)).double().exp()
+    return (e / e.sum(-1, keepdim=True).data).to(z.dtype)
+
+
+GRADIENT = r"autograd's gradient is the slope .*weight \d changes by .* per unit of logit \d"
+LOST = "the gradient is lost: torch sees no way"
+SLIGHTLY = r"sums to (1|1\.0+\d+|0\.99\d+) \(\S+ (above|below) 1\)"  # and by how much
+
+
+@pytest.mark.parametrize("message, f", [
+    # Not shifted by the maximum: only a little off, or not a number.
+    ("float32.*" + SLIGHTLY + ".*subtract the row's largest",
+     broken(lambda z, progress: by_halving(z, shift=False))),
+    ("float32.*" + SLIGHTLY,
+     broken(lambda z, progress: (wide(z) - wide(z).logsumexp(-1, True)).exp().to(z.dtype))),
+    ("weight nan.*subtract the row's largest", broken(exp_of_anything)),
+    # As much as an offset does in its place: the sum is 1, the weights are others.
+    ("added to all logits changes nothing.*off by",
+     broken(lambda z, progress: (z * (1 + z.mean(-1, keepdim=True) / 1e5)).softmax(-1))),
+    # The sum looks like 1 in six digits.
+    (r"has the weight 1, not in \[0, 1\] \(3e-09 above 1\)",
+     broken(lambda z, progress: z.softmax(-1) * (1 + 3e-9))),
+    (r"sums to 1 \(3e-09 below 1\)", broken(lambda z, progress: z.softmax(-1) * (1 - 3e-9))),
+    # The gradient gets lost.
+    ("the gradient is lost: torch cannot follow NumPy", broken(numpy_inside)),
+    ("the gradient is lost: torch cannot follow NumPy",
+     broken(lambda z, progress: torch.tensor(np.asarray(z.double())).softmax(-1).to(z.dtype))),
+    ("the gradient is lost: torch cannot follow NumPy",
+     broken(lambda z, progress: (z - np.max(z)).softmax(-1))),
+    ("the gradient is lost: the result is no tensor but a ndarray", broken(numpy_at_last)),
+    (LOST, broken(numpy_in_disguise)), (LOST, broken(items)),
+    (LOST, broken(lambda z, progress: z.detach().softmax(-1))),
+    (LOST, broken(lambda z, progress: z.data.softmax(-1))),
+    (LOST, broken(torch.no_grad()(lambda z, progress: z.softmax(-1)))),
+    (GRADIENT, broken(lambda z, progress: by_halving(z), "exact gradient")),  # its tau is detached
+    (GRADIENT, broken(half_detached, "exact gradient")),
+    ("all zero", broken(lambda z, progress: z.detach().softmax(-1) + 0 * z)),
+    # Changes in place.
+    ("your map changed its input", broken(changes_its_input)),
+    ("your map changed its input", broken(changes_its_input_unseen)),
+    ("the gradient is lost: what the way back needs was changed in place",
+     broken(changes_on_the_way)),
+    # Another dimension than the last.
+    ("yours sums to 1 along dim=0", broken(lambda z, progress: z.softmax(0))),
+    (r"fails on torch.float64 logits of shape \(5,\).*IndexError.*dim=-1",
+     broken(lambda z, progress: z.softmax(1))),
+    (r"fails on torch.float64 logits of shape \(5,\).*not enough values to unpack.*dim=-1",
+     broken(rows_and_columns)),
+    ("yours sums to 1 along dim=1",
+     broken(lambda z, progress: z.softmax(1 if z.dim() > 1 else 0))),
+    # No tensor, or another one than the logits are.
+    ("the result is torch.float64, the logits are torch.float32",
+     broken(lambda z, progress: z.double().softmax(-1))),
+    (r"the result has shape \(4,\), the logits have \(4, 1\)",
+     broken(lambda z, progress: z.softmax(-1).amax(-1))),
+    ("the result is no tensor but a list",
+     broken(lambda z, progress: [row.softmax(-1) for row in z])),
+    ("the result is no tensor but None", broken(lambda z, progress: None)),
+    # No map f(logits, progress), or not for every dtype, or it ignores progress.
+    (r"fails on torch.float64 logits of shape \(4, 1\).*TypeError.*positional",
+     broken(lambda z: z.softmax(-1))),
+    ("fails on torch.bfloat16 logits.*not implemented for",
+     broken(lambda z, progress: (torch.cdist(z[..., None], z[..., None]).sum(-1) * 0 + z)
+            .softmax(-1))),
+    ("at progress 1 the first of the largest.*off by",
+     broken(lambda z, progress: z.softmax(-1), "one-hot at progress 1"))])
+def test_what_a_wrong_map_is_told(message, f):
+    """In one sentence, then input / yours / expected; and nothing as large as a matrix."""
+    with pytest.raises(checks.Failed) as failure:
+        for law in checks.laws_of(f).values():
+            law(f)
+    text = str(failure.value)
+    assert re.search(f"(?s){message}", text), text
+    lines = text.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["input", "yours", "expected"], text
+    assert max(map(len, lines)) < 250, text
+
+
+def test_the_halving_is_right_but_for_its_gradient():
+    for law in tsallis, checks.on_the_simplex:
+        law(lambda z, progress: by_halving(z))
+
+
+def test_who_divides_before_subtracting_the_maximum_is_right_too():
+    """Torch's softmax subtracts it, but z / T has been rounded by then: less than z was already."""
+    for law in checks.LAWS.values():
+        law(broken(lambda z, progress: (wide(z) / 0.01 ** progress).softmax(-1).to(z.dtype)))
+
+
+def test_a_task_that_is_not_solved_is_no_failure():
+    def not_yet(z, progress):
+        raise NotImplementedError("task 3")
+    with pytest.raises(NotImplementedError):
+        checks.on_the_simplex(not_yet)
+
+
 def test_a_failure_is_drawn(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     f = broken(lambda z, progress: (-z).softmax(-1))
@@ -79,7 +243,8 @@ def test_a_map_from_a_file(tmp_path):
     ("def f(z, progress): return z.sum(-1)", r"shape \(3,\)"),
     ("def f(z, progress): return z.softmax(-1).double()", "float64"),
     ("def f(z, progress): return z", r"row 0, logits \[0.3, 0.1, -0.1\], has the weight -0.1"),
-    ("def f(z, progress): return z.softmax(-1) / 2", r"row 0, .* sums to 0.5"),
+    ("def f(z, progress): return z.softmax(-1) / 2", r"row 0, .* sums to 0.5 \(0.5 below 1\)"),
+    ("def f(z, progress): pass", "no tensor but None"),
     ("def f(z, progress): return z.softmax(-1) / (z - z)", "weight inf")])
 def test_what_is_no_map_is_refused_in_one_line(tmp_path, body, message):
     if body:
@@ -170,6 +335,7 @@ def test_a_file_may_hold_one_task_only(tmp_path):
     assert promises == {"deterministic", "one-hot at progress 1"}
 
 
+@checks.in_words
 def no_copy(f):
     """Task 3 asks for a map of your own, which sparsestmax.py does not hold."""
     for name, other in ACTIVATIONS.items():
@@ -200,7 +366,7 @@ def test_a_specification_sees_ties_and_large_logits():
     def right(z, progress):
         return (z / 0.01 ** progress).softmax(-1)
     annealed(right)
-    for where in (lambda z: z[..., :1] == z[..., 1:2],
+    for where in (lambda z: z[..., :1] == z[..., -1:],
                   lambda z: z.abs().amax(-1, keepdim=True) > 50):
         with pytest.raises(checks.Failed, match="the maximum of"):
             annealed(lambda z, progress: torch.where(where(z), z.softmax(-1).flip(-1) ** 2,

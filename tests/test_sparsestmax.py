@@ -262,6 +262,14 @@ def test_progress_outside_its_range(name, progress):
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool,
+                                   torch.complex64])
+def test_logits_that_are_not_floats(name, dtype):
+    with pytest.raises(ValueError, match=f"logits must be floats, got {dtype}"):
+        ACTIVATIONS[name](torch.ones(2, 3, dtype=dtype), 0.5)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
 def test_compiles_once_for_all_values_of_progress(name):
     z, values = draw(4, 5), [.1, .3, .47, .62, .9]
     for kind, limit in ((torch.tensor, 1), (float, 2)):  # a float first counts as a constant
