@@ -35,29 +35,34 @@ Set14   30.23   27.54   25.99
 B100    29.56   27.21   25.96
 """
 import argparse
-import ctypes
 import io
 import json
 import math
 import os
 import random
+import re
 import stat
 import sys
+import tempfile
 import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from itertools import permutations
 from pathlib import Path
+from typing import NamedTuple
+
+if "OMP_WAIT_POLICY" not in os.environ:  # OpenMP's threads spin while they wait for one another,
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # which starves a busy machine; so, not long
 
 import matplotlib.cbook
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageOps
-from torch.utils.benchmark import Timer
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
-from search_space import (OPERATIONS, Costs, Network, Tail, Up, conv, enlarge, load_run,
-                          write_whole)
+from search_space import load_run, shown, time_network, write_whole
 
 PHOTOS = ".png", ".jpg", ".jpeg", ".webp", ".bmp"
 OUTPUTS = ".png", ".tif", ".tiff", ".jpg", ".jpeg"  # no WebP: no grey, at most 16383 pixels
@@ -213,18 +218,18 @@ def super_resolve(network, lr, tile=256):
     device = next(network.parameters(), torch.empty(0)).device
     height, width = lr.shape[:2]
     result = np.empty((scale * height, scale * width, 3), np.uint8)
-    for top in range(0, height, tile):
-        for left in range(0, width, tile):
-            # From the margin's corner (y, x), or the picture's, to beyond the tile's lower right.
-            y, x = max(0, top - margin), max(0, left - margin)
-            bottom, right = min(height, top + tile), min(width, left + tile)
-            patch = np.ascontiguousarray(lr[y:bottom + margin, x:right + margin])  # (h, w, 3)
-            patch = torch.from_numpy(patch).to(device).permute(2, 0, 1)[None].float() / 255
-            out = network(patch)[0].permute(1, 2, 0)  # (s h, s w, 3)
-            out = out[scale * (top - y):scale * (bottom - y),
-                      scale * (left - x):scale * (right - x)]  # without the margin
-            out = (out.float().clamp(0, 1) * 255 + 0.5).to(torch.uint8)  # rounded
-            result[scale * top:scale * bottom, scale * left:scale * right] = out.cpu().numpy()
+    tiles = [(top, left) for top in range(0, height, tile) for left in range(0, width, tile)]
+    for top, left in tqdm(tiles, "tiles", leave=False, disable=None if len(tiles) > 8 else True):
+        # From the margin's corner (y, x), or the picture's, to beyond the tile's lower right.
+        y, x = max(0, top - margin), max(0, left - margin)
+        bottom, right = min(height, top + tile), min(width, left + tile)
+        patch = np.ascontiguousarray(lr[y:bottom + margin, x:right + margin])  # (h, w, 3)
+        patch = torch.from_numpy(patch).to(device).permute(2, 0, 1)[None].float() / 255
+        out = network(patch)[0].permute(1, 2, 0)  # (s h, s w, 3)
+        out = out[scale * (top - y):scale * (bottom - y),
+                  scale * (left - x):scale * (right - x)]  # without the margin
+        out = (out.float().clamp(0, 1) * 255 + 0.5).to(torch.uint8)  # rounded
+        result[scale * top:scale * bottom, scale * left:scale * right] = out.cpu().numpy()
     return result
 
 
@@ -245,11 +250,11 @@ def score(upscale, path, scale):
 def measure(upscale, photos, scale):
     """[(name, PSNR-Y, SSIM)] of a method over one set. upscale: as for `score`.
 
-    photos: a set's folder, or a list of files as `photos_of` gives it. The LR images are made here,
+    photos: a set's folder, or a list of files as `sets_in` gives it. The LR images are made here,
     so no set needs to bring them; where one does, they are the same in every pixel.
     """
     rows = []
-    photos = photos if isinstance(photos, list) else photos_of(photos, scale)
+    photos = photos if isinstance(photos, list) else [*sets_in([photos], scale).values()][0]
     for path in tqdm(photos, desc=f"{photos[0].parent} x{scale}", leave=False, disable=None):
         hr, result = score(upscale, path, scale)
         rows.append((path.stem, psnr(hr, result, scale), ssim(hr, result, scale)))
@@ -277,140 +282,200 @@ def means(rows):
     return dict(zip(("psnr", "ssim"), np.mean([row[1:] for row in rows], axis=0)))
 
 
-def keep_memory():
-    """Let this process keep what it frees (glibc only; elsewhere nothing happens).
-
-    Features of a large picture take tens of megabytes. glibc hands such blocks back to the system
-    and fetches them again page by page, which made one network take 128, 235 or 300 ms. Keeping
-    them makes times repeat.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return
-    mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: keep the end of the heap
-    mallopt(-4, 0)  # M_MMAP_MAX: no blocks outside of the heap
-
-
-@torch.inference_mode()
-def milliseconds(module, *inputs, seconds=0.3):
-    """Median time of module(*inputs), called for `seconds` but at least twice."""
-    keep_memory()
-    module(*inputs)  # the first call sets things up
-    timer = Timer("module(*inputs)", globals=dict(module=module, inputs=inputs),
-                  num_threads=torch.get_num_threads())
-    return 1e3 * timer.blocked_autorange(min_run_time=seconds).median
-
-
-def features(channels, m, scale, device):
-    """(1, channels, 720 m / scale, 1280 m / scale), stored as a network on pictures has them."""
-    x = torch.rand(1, channels, 720 * m // scale, 1280 * m // scale, device=device)
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def time_network(network, device):
-    """Milliseconds for a 1280x720 output."""
-    network = network.to(device, memory_format=torch.channels_last)
-    return milliseconds(network, features(3, 1, network.architecture.scale, device), seconds=3)
-
-
-def measured_costs(space, device, say=print):
-    """A table of `Costs` in milliseconds, on this device and with this number of threads.
-
-    Each part is timed alone at the size of its use. A whole network does not take exactly the sum
-    of its parts, so three random ones are timed, and all parts multiplied by the median of
-    time / sum. say: called with lines for the reader. Half a minute for a small space on a CPU;
-    nothing else should run meanwhile.
-    """
-    def time(module, channels, m):
-        module = module.to(device, memory_format=torch.channels_last)
-        return milliseconds(module, features(channels, m, space.scale, device))
-    nf, widths, scale = space.channels, space.widths, space.scale
-    image = features(3, 1, scale, device)
-    enlarging = milliseconds(lambda x: enlarge(x, scale), image)
-    costs = Costs("ms", time(conv(3, nf, 3, bias=True), 3, 1), {}, {}, {})
-    say(f"milliseconds of each operation for a 1280x720 output, x{scale}, on {device}, "
-        "from a width to the same")
-    for m in sorted(set(map(space.magnification, space.nodes))):
-        costs.operations[m] = []
-        for make, *_ in OPERATIONS.values():  # a table for each: from width c to width d
-            costs.operations[m].append([[time(make(c, d), c, m) for d in widths] for c in widths])
-        x = features(nf, m, scale, device)
-        costs.tail[m] = time(Tail(nf, scale // m), nf, m) + enlarging
-        say(f"  features {x.shape[3]}x{x.shape[2]}".ljust(22) + "".join(f"{w:>9d}" for w in widths))
-        for name, table in zip(OPERATIONS, costs.operations[m]):
-            say(f"    {name:18s}" + "".join(f"{t:9.2f}" for t in np.diagonal(table)))
-    for node in space.nodes:
-        before, m = space.magnification(node[:-1]), space.magnification(node)
-        if node[-1] == "u" and m not in costs.up:
-            costs.up[m] = time(Up(nf, m // before), nf, before)
-
-    rng, ratios = random.Random(0), []
-    for _ in range(3):
-        network = Network(space.random(rng)).to(device, memory_format=torch.channels_last)
-        ratios.append(milliseconds(network, image) / costs.of(network.architecture))
-    ratio = float(np.median(ratios))
-    say(f"  whole networks take {ratio:.2f} times the sum of their parts ({min(ratios):.2f} to "
-        f"{max(ratios):.2f})")
-    costs.head *= ratio
-    for part in costs.operations, costs.up, costs.tail:
-        part |= {m: (ratio * np.array(cost)).tolist() for m, cost in part.items()}
-    return costs
-
-
 # --- Photographs in ----------------------------------------------------------------------------
 
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `open_photo` refuses them itself
+# Photographs (HR) often lie beside small copies of them (LR), and whoever takes these for
+# photographs gets a wrong figure. Words in the names of folders and files tell versions apart.
+LARGE = "hr", "highres", "original", "originals", "gt", "gtmod"  # of several the first is taken
+SMALL = re.compile("lr(bi|bic|bd|dn|blur)?|bicubic|lowres|thumb(nail)?s?")
+SCALE = re.compile(r"(?:image_)?srf_?([234])|x([2348])[mdw]?\d?(?![a-z0-9])", re.IGNORECASE)
 
 
-def list_photos(folder):
-    """All photographs below a folder, sorted. Links to folders could lead round: not followed."""
-    if not Path(folder).is_dir():
-        raise ValueError(f"{folder} is not a folder")
-    return sorted(Path(root, name) for root, _, names in os.walk(folder)
-                  for name in names if name.lower().endswith(PHOTOS))
+def version(name):
+    """A name without the words on versions; and what they say: a word of LARGE, "small" or None.
 
-
-def sets_in(folder):
-    """The folder itself or, where its subfolders are sets (Set5/HR, Set14/HR, ...), those."""
-    return (sorted(path.parent for path in Path(folder).glob("*/HR") if path.is_dir())
-            or [Path(folder)])
-
-
-def photos_of(folder, scale):
-    """The photographs of one set that can be measured, in its HR/ if it has one, else in it.
-
-    The others are named on stderr. ValueError if none is left.
+    >>> version("DIV2K_train_LR_bicubic"), version("img_001_SRF_2_HR"), version("0001x2")
+    (('DIV2K_train', 'small'), ('img_001', 'hr'), ('0001', None))
     """
-    home = Path(folder, "HR") if Path(folder, "HR").is_dir() else Path(folder)
-    photos, least = [], 11 + 3 * scale  # SSIM's window and the border must fit
-    for path in list_photos(home):
-        try:
-            image = open_photo(path)
-            if min(image.size) < least:
-                raise ValueError(f"{printable(path)} is too small to be measured at x{scale}: it "
-                                 f"needs {least} pixels each way")
-            if all(low == high for low, high in image.convert("RGB").getextrema()):
-                raise ValueError(f"{printable(path)} is of one colour: enlarged without an error, "
-                                 "its PSNR is no number")
-            photos.append(path)
-        except ValueError as error:
-            print(f"skipped: {error}", file=sys.stderr)
-    if not photos:
-        raise ValueError(f"{home} holds no usable photographs ({' '.join(PHOTOS)})")
-    return photos
+    rest, said = [], None
+    for word in re.findall("[^ _-]+", SCALE.sub("", name)):
+        kind = word.lower().rstrip("0123456789")  # GTmod12 is a gtmod
+        if SMALL.fullmatch(kind):
+            said = "small"
+        elif kind in LARGE:
+            said = said or kind
+        else:
+            rest.append(word)
+    return "_".join(rest), said
 
 
-def printable(path):
-    """A path as text that any terminal takes: file names may hold bytes that are no characters."""
-    return str(path).encode("utf-8", "backslashreplace").decode()
+class Photo(NamedTuple):
+    """A picture file. Versions of one picture have `home` and `name` in common."""
+    path: Path
+    home: tuple  # names of the folders on the way to it, without words on versions
+    name: str
+    said: str | None  # see `version`: by its own name, or else by the nearest folder's
+    rank: tuple  # the version with the least is taken
+
+
+def as_photo(path, folder, scale):
+    inside = path.relative_to(folder)
+    names, says = zip(*map(version, [*inside.parts[:-1], path.stem]))
+    said = next(filter(None, says[::-1]), None)
+    scales = {digit for found in SCALE.findall(str(inside)) for digit in found if digit}
+    rank = (bool(scales - {str(scale)}), LARGE.index(said) if said in LARGE else 0,
+            path.with_suffix(""))
+    return Photo(path, tuple(filter(None, names[:-1])), names[-1], said, rank)
+
+
+def find_photos(folder, scale):
+    """What lies below a folder: (photographs, pictures passed over, number of other files).
+
+    The first two are lists of Photo. ValueError if there is no photograph, or if one picture is a
+    small copy of another and no name says so.
+    """
+    if not os.path.isdir(folder):
+        raise ValueError(f"{folder} is not a folder" if str(folder) else
+                         "the name of a folder is empty: is a variable unset?")
+    folder, files = Path(folder), walk(folder)
+    top = folder.resolve()
+    if "small" in (version(top.name)[1], version(top.parent.name)[1] if not version(top.name)[0]
+                   else None):  # LRbicx2; X2 in LR_bicubic
+        raise ValueError(f"{folder} is by its name a folder of small copies (LR): pass the "
+                         "photographs (HR), or call it something else")
+    every = [as_photo(path, folder, scale) for path in files if path.suffix.lower() in PHOTOS]
+    # 1. No small copies, and of several large versions the first.
+    kept, best = [photo for photo in every if photo.said != "small"], {}
+    for p in kept:
+        best[p.home, p.name] = min(p.rank, best.get((p.home, p.name), p.rank))
+    kept = [p for p in kept if not p.said or p.rank == best[p.home, p.name]]
+    # 2. Nothing that lies beside a folder HR, nor what others made of x beside x_HR.png.
+    beside = {p.path.parents[1] for p in kept
+              if p.path.parent != folder and version(p.path.parent.name) == ("", p.said)}
+    made_of = [(p.path.parent, p.name) for p in kept if version(p.path.stem)[1]]
+    kept = [p for p in kept if p.said or not (
+        beside.intersection(p.path.parents) or
+        any(p.path.parent == place and p.name.startswith(name) for place, name in made_of))]
+    # 3. Copies that names do not tell apart: the same but for an ending, as a.png and a_small.png.
+    alike = {}
+    for p in kept:
+        for name in {p.name, re.sub(r"[ _.-](?!\d+$)[^ _.-]+$", "", p.name)}:
+            alike.setdefault(name.lower(), []).append(p)
+    for group in alike.values():
+        for small, large in permutations(group, 2) if len(group) < 50 else ():
+            if not small.said and small in kept and is_small_copy(small.path, large.path):
+                if not large.said:
+                    here = small.path.parent == large.path.parent
+                    raise ValueError(f"{small.path} is a small copy of {large.path}, and names do "
+                                     "not say which pictures are the photographs: " +
+                                     ("move these into a folder HR" if here else
+                                      f"pass {large.path.parent}, or call it HR"))
+                kept.remove(small)
+    if every and not kept:
+        raise ValueError(f"{folder} holds small copies (LR) alone, not the photographs (HR)")
+    if not kept:
+        raise ValueError(f"{folder} holds no usable photograph ({' '.join(PHOTOS)})")
+    return kept, [photo for photo in every if photo not in kept], len(files) - len(every)
+
+
+def printable(text):
+    """Names of files may hold bytes that are no characters; these are spelled out."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def to_stderr(line):
+    print(printable(line), file=sys.stderr)
+
+
+def walk(folder):
+    """All files below a folder, sorted, but hidden ones. Links are followed, nowhere twice."""
+    seen, files = set(), []
+    for root, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX")
+        if os.path.realpath(root) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(root))
+        files += [Path(root, name) for name in names if name[0] != "."]
+    return sorted(files)
+
+
+def is_small_copy(a, b):
+    """Is the picture file a the picture file b, shrunk to a half, a third or a quarter?"""
+    def size(path):
+        with Image.open(path) as image:
+            return np.array(image.size)
+
+    def glance(path):  # 8 x 8 grey squares
+        return np.asarray(Image.fromarray(read_photo(path)).convert("L").resize((8, 8), 4), float)
+    try:
+        ratios = [r for r in (2, 3, 4) if (abs(size(b) - r * size(a)) < r).all()]
+        return bool(ratios) and np.abs(glance(a) - glance(b)).mean() < 12  # of 255
+    except (OSError, ValueError, SyntaxError):  # not to be read: named later
+        return False
+
+
+def sets_in(folders, scale):
+    """The sets below some folders: {name: list of photographs that can be measured}.
+
+    A set is a folder with pictures, or with folders of versions of them (Set5/HR, Set5/GTmod12).
+    What is passed over is named on stderr. ValueError for a set without photographs.
+    """
+    sets = {}
+    for folder in folders:
+        photos, passed, _ = find_photos(folder, scale)
+        if passed:
+            to_stderr(f"passed over in {folder}: {in_words(passed)}")
+        found = {}
+        for photo in photos:
+            found.setdefault(photo.home, []).append(photo.path)
+        for home, paths in found.items():
+            top = Path(folder).resolve()
+            name = home[-1] if home else (version(top.name)[0] or top.parent.name)
+            if name in sets:
+                raise ValueError(f"two sets are called {name}, and so would be their figures and "
+                                 "crops: measure them one by one")
+            sets[name] = [path for path in paths if can_be_measured(path, scale)]
+            if not sets[name]:
+                raise ValueError(f"the set {name} in {folder} holds no usable photographs")
+    return sets
+
+
+def in_words(passed):
+    """Pictures that were passed over, counted by folder."""
+    counts = Counter(str(photo.path.parent) for photo in passed)
+    places = ", ".join(f"{n} in {place}" for place, n in counts.items())
+    return passed and f"small copies, or other versions of the photographs: {places}"
+
+
+def can_be_measured(path, scale):
+    """Is the file a picture whose PSNR and SSIM are numbers? Says on stderr why not."""
+    least = 11 + 3 * scale  # SSIM's window and the border must fit
+    try:
+        image = open_photo(path)
+        if min(image.size) < least:
+            raise ValueError(f"{path} is too small to be measured at x{scale}: it needs {least} "
+                             "pixels each way")
+        if all(low == high for low, high in image.convert("RGB").getextrema()):
+            raise ValueError(f"{path} is of one colour: enlarged without an error, its PSNR is no "
+                             "number")
+        return True
+    except ValueError as error:
+        to_stderr(f"skipped: {error}")
+        return False
+
+
+Image.MAX_IMAGE_PIXELS = 2 ** 28  # phones make 200 megapixels
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `open_photo` refuses them itself
+PngImagePlugin.MAX_TEXT_CHUNK = 2 ** 26  # bytes; a long text in a PNG does no harm
 
 
 def open_photo(path):
     """A Pillow image in mode L, LA, RGB or RGBA, whatever the file holds, upright as its EXIF says.
 
-    Values of 16 bits become 8 (divided by 257), and `image.info["deep"]` is then True. ValueError
-    if it cannot be read, or has more than 89 million pixels: a small file may claim any size.
+    Values of 16 bits become 8 (divided by 257). image.info has "deep": whether there were 16;
+    "pictures": how many the file holds (this is the first); and "icc_profile", if there is one.
+    ValueError if it cannot be read, or has more than 2^28 pixels: a small file may claim any size.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would keep us waiting
@@ -419,25 +484,41 @@ def open_photo(path):
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise ValueError(f"it claims {image.width}x{image.height} pixels, more than "
                                  f"{Image.MAX_IMAGE_PIXELS:,}")
-            deep = image.mode.startswith("I") or any(";16" in str(tile[3]) for tile in image.tile)
             # (A PNG or PGM in mode I has 16 bits; a TIFF really has 32.)
             if image.mode == "F" or image.mode == "I" and image.format == "TIFF":
                 raise ValueError("its values have 32 bits, of unknown range: convert it to 8 bits "
                                  "first")
-            image = ImageOps.exif_transpose(image)
+            raw = " ".join(str(tile[3]) for tile in image.tile)  # how the file stores its values
+            info = dict(icc_profile=image.info.get("icc_profile"), deep=";16" in raw,
+                        pictures=getattr(image, "n_frames", 1))
+            clear = image.info.get("transparency")  # the value that stands for "nothing here"
+            turn_upright(image)
             if image.mode.startswith("I"):
-                values = np.asarray(image, np.float64) / 257 + 0.5
-                image = Image.fromarray(np.uint8(np.clip(values, 0, 255)))
+                info["deep"], deep = True, np.asarray(image).astype(np.float64)
+                image = Image.fromarray(np.uint8(np.clip(deep / 257 + 0.5, 0, 255)))
+                if clear is not None:
+                    image.putalpha(Image.fromarray(np.uint8(255 * (deep != clear))))
+            elif info["deep"] and isinstance(clear, tuple):  # Pillow keeps the upper 8 bits
+                image.info["transparency"] = tuple(value >> 8 for value in clear)
             if image.mode in ("CMYK", "LAB"):  # its profile describes inks, not our RGB values
-                image.info.pop("icc_profile", None)
-            mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
-            image = image.convert(mode + "A" if image.has_transparency_data else mode)
-            image.info["deep"] = deep
+                info["icc_profile"] = None
+            grey = image.mode in ("1", "L", "LA", "La") or "LA;16" in raw
+            image = image.convert(("L" if grey else "RGB") +
+                                  ("A" if image.has_transparency_data else ""))
+            image.info = info
             return image
     except Exception as error:  # damaged files make decoders raise anything
         reason = (getattr(error, "strerror", None) or " ".join(str(error).split())
                   or type(error).__name__)
-        raise ValueError(f"cannot read {printable(path)} as a picture: {reason}") from error
+        raise ValueError(f"cannot read {path} as a picture: {reason}") from error
+
+
+def turn_upright(image):
+    image.load()
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    except Exception:  # a sound picture with a damaged remark on it
+        pass
 
 
 def read_photo(path):
@@ -450,36 +531,44 @@ def sample_photo():
     return Path(matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))
 
 
-def load_photos(folder, scale, patch, seed, quiet=False):
+def load_photos(folder, scale, patch, seed, say=to_stderr):
     """Training pairs [(LR, HR)], uint8 (h, w, 3) and (scale h, scale w, 3), two or more.
 
-    Of the photographs in `folder` or, if that is None, generated (`dead_leaves`). Files that
-    cannot be read or are smaller than a patch are named on stderr (unless quiet); ValueError if
-    none is left.
+    Of the photographs in `folder` (see `find_photos`) or, if that is None, of generated pictures
+    (`dead_leaves`). say: called with a line for each file that cannot be read or is smaller than a
+    patch, and with lines that count what is used and what not. ValueError if none is left.
     """
     def pair(source):
         try:
             hr = crop_to(read_photo(source) if isinstance(source, Path) else source, scale)
             if min(hr.shape[:2]) < scale * patch:
-                raise ValueError(f"{printable(source)} is smaller than a patch of "
+                raise ValueError(f"{source} is smaller than a patch of "
                                  f"{scale * patch}x{scale * patch}")
             return degrade(hr, scale), hr
         except (ValueError, OSError) as error:
-            if not quiet:
-                tqdm.write(f"skipped: {error}", file=sys.stderr)
+            say(f"skipped: {error}")
 
+    passed, others = [], 0
     if folder is None:
         rng = np.random.default_rng(seed)
         sources = [dead_leaves(max(256, scale * patch), rng) for _ in range(32)]
     else:
-        sources = list_photos(folder)
+        photos, passed, others = find_photos(folder, scale)
+        sources = [photo.path for photo in photos]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding and resizing leave Python's lock
         pairs = list(tqdm(pool.map(pair, sources), "photographs", len(sources), leave=False,
                           disable=None))
     pairs = [p for p in pairs if p is not None]
     if not pairs:
-        raise ValueError(f"{folder} holds no usable photograph (PNG, JPEG, WebP; at least "
+        raise ValueError(f"{folder} holds no usable photograph ({' '.join(PHOTOS)}; at least "
                          f"{scale * patch} pixels each way)")
+    pixels = sum(hr.shape[0] * hr.shape[1] for _, hr in pairs)
+    say((f"{len(pairs)} generated pictures, " if folder is None else
+         f"{len(pairs)} photograph{'s'[:len(pairs) > 1]}, ") +
+        f"{pixels / 1e6:.3g} megapixels" + (f", from {folder}" if folder else ""))
+    if passed or others:
+        say("passed over: " + "; ".join(filter(None, (
+            in_words(passed), others and f"{others} files of other kinds"))))
     if len(pairs) == 1:  # a search wants two
         pairs = cut_in_two(pairs)
         if min(side for lr, _ in pairs for side in lr.shape[:2]) < patch:
@@ -533,7 +622,7 @@ def save_crops(path, photos, network, side=96):
         for axis, image, title in zip(axes, (hr, a, b), titles):
             axis.imshow(image[y:y + edge, x:x + edge], cmap="gray", vmin=0, vmax=255,
                         interpolation="nearest")
-            axis.set_title(printable(title), parse_math=False)  # file names may hold anything
+            axis.set_title(printable(title), parse_math=False)
             axis.axis("off")
     write_whole(path, figure.savefig)
 
@@ -541,39 +630,55 @@ def save_crops(path, photos, network, side=96):
 def run_benchmark(network, run, folders):
     """Print a table per set; save the figures, and crops of the two photographs that gain most."""
     scale, report = network.architecture.scale, Path(run) / "benchmark.json"
-    sets, figures = {}, {}
+    figures = {}
     if report.exists():  # sets that were measured before stay in it
         try:
             figures = dict(json.loads(report.read_text()))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{report} is damaged; delete it to measure again") from error
     # All sets and their photographs first: what is missing ends here, before the long work.
-    for each in (each for folder in folders for each in sets_in(folder)):
-        place = each.resolve()
-        name = place.parent.name if place.name == "HR" else place.name
-        if name in sets:
-            raise ValueError(f"two sets are called {name}, and so would be their figures and "
-                             "crops: measure them one by one")
-        sets[name] = photos_of(each, scale)
-    for name, photos in sets.items():
+    for name, photos in sets_in(folders, scale).items():
         table, rows = compare_with_bicubic(network, f"{name}, x{scale}, {len(photos)} photographs",
                                            photos)
-        print(table, flush=True)
         figures[name] = {method: means(each) for method, each in rows.items()}
-        write_whole(report, json.dumps(figures, indent=1) + "\n")
         gains = [ours[1] - floor[1] for ours, floor in zip(rows["ours"], rows["bicubic"])]
         best = [photos[k] for k in np.argsort(gains)[::-1][:2]]
-        save_crops(Path(run) / f"crops_{name}.png", best, network)
+        try:  # a folder that may only be read is no reason to lose the figures
+            write_whole(report, json.dumps(figures, indent=1) + "\n")
+            save_crops(Path(run) / f"crops_{name}.png", best, network)
+        except OSError as error:
+            print(f"note: the figures are shown here and not saved: {error}", file=sys.stderr)
+        print(table, flush=True)
 
 
 def check_folder_of(output):
-    """ValueError if there is no folder to write `output` into: better now than after the work."""
-    if not output.parent.is_dir():
-        raise ValueError(f"there is no folder {output.parent} to write into: make it first")
+    """ValueError if nothing can be written beside `output`: better now than after the work."""
+    try:
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write into the folder {output.parent}: "
+                         f"{error.strerror}") from None
+
+
+def fill_under_alpha(image):
+    """Spread the visible colours of an LA or RGBA picture under its fully transparent pixels.
+
+    Nobody sees what colour is there, but a network does, and would let it leak into the rim of what
+    is visible. Half the size, where visible pixels alone count, is filled in the same way, and
+    enlarged wherever this size has nothing.
+    """
+    alpha = image.getchannel("A").point(lambda a: 255 * (a > 0))
+    if alpha.getextrema() != (0, 255):  # nothing to fill, or nothing to fill it with
+        return image
+    image = image.copy()
+    image.putalpha(alpha)
+    larger = fill_under_alpha(image.reduce(2)).resize(image.size, Image.Resampling.BILINEAR)
+    return Image.composite(image, larger, alpha)
 
 
 def run_upscale(network, photo, output):
-    """Enlarge a picture file: grey stays grey, alpha is kept (bicubic).
+    """Enlarge a picture file: grey stays grey, alpha (by bicubic) and colour profile are kept.
 
     Whatever forbids it is found before the work.
     """
@@ -594,15 +699,24 @@ def run_upscale(network, photo, output):
                          f"{suffix} holds 65500 each way: write a .png")
     if image.info["deep"]:
         print(f"note: {photo} has 16 bits per value; it is scaled to 8, and so is the result")
+    if image.info["pictures"] > 1:
+        print(f"note: {photo} holds {image.info['pictures']} pictures; only the first is enlarged")
+    mode, profile, alpha = image.mode, image.info["icc_profile"], None
+    if mode.endswith("A"):
+        alpha = Image.fromarray(resize(np.array(image.getchannel("A")), scale))
+        image = fill_under_alpha(image)
+    rgb = np.array(image.convert("RGB"))
+    grey = all((rgb[..., 0] == rgb[..., k]).all() for k in (1, 2))  # also if stored as colour
     # Tiles of 512 pixels of the *result*: a cell at full size needs the same memory at every scale.
-    rgb = super_resolve(network, np.array(image.convert("RGB")), tile=512 // scale)
-    result = Image.fromarray(rgb)
-    if image.mode.startswith("L"):
+    result = Image.fromarray(super_resolve(network, rgb, tile=512 // scale))
+    if grey:
         result = result.convert("L")
-    if image.mode.endswith("A"):
-        result.putalpha(Image.fromarray(resize(np.array(image.getchannel("A")), scale)))
-    colours = image.info.get("icc_profile")  # which colours the numbers stand for: unchanged
-    write_whole(output, lambda path: result.save(path, quality=95, icc_profile=colours))
+    result = result.convert(mode.removesuffix("A"))
+    if alpha:
+        result.putalpha(alpha)
+    # quality, subsampling: of JPEG; 0 is colour at full resolution.
+    write_whole(output, lambda path: result.save(path, quality=95, subsampling=0,
+                                                 icc_profile=profile))
     print(f"{output}: {result.width}x{result.height}, {result.mode}")
 
 
@@ -652,6 +766,13 @@ class CommandLine(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+def named(text):
+    """A type for argparse: the name of a file or folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the name is empty: is a variable unset?")
+    return text
+
+
 def usable(name):
     """The torch.device called `name`, made the current one; ValueError if it does not work here."""
     try:
@@ -682,20 +803,32 @@ def out_of_memory(error):
 def main(argv=None):
     parser = CommandLine(prog="evaluate.py", description="Measure a found network, or use it.")
     add = parser.add_argument
-    add("run", metavar="RUN", help="folder written by search.py (architecture.json, network.pt)")
-    add("-o", "--output", metavar="FILE", help=f"where --upscale writes ({' '.join(OUTPUTS)})")
+    add("run", type=named, metavar="RUN",
+        help="folder written by search.py (architecture.json, network.pt)")
+    add("-o", "--output", type=named, metavar="FILE",
+        help=f"where --upscale writes ({' '.join(OUTPUTS)})")
     add("--device", default="cpu", help="where it runs (default: cpu, for figures that repeat)")
     task = parser.add_mutually_exclusive_group(required=True).add_argument
-    task("--benchmark", nargs="+", metavar="DIR", help="sets: pictures in DIR, DIR/HR or DIR/*/HR")
-    task("--upscale", metavar="PHOTO", help="picture to enlarge")
+    task("--benchmark", type=named, nargs="+", metavar="DIR",
+         help="sets: pictures in DIR, DIR/HR (or GT, ...) or DIR/*/HR")
+    task("--upscale", type=named, metavar="PHOTO", help="picture to enlarge")
     task("--time", action="store_true", help="time the network for a 1280x720 output")
-    task("--export", metavar="FILE.pt2", help="write it with torch.export, for any size")
+    task("--export", type=named, metavar="FILE.pt2",
+         help="write it with torch.export, for any size")
     args = parser.parse_args(argv)
     if (args.upscale is None) != (args.output is None):
         parser.error("--upscale PHOTO and -o FILE go together")
     if args.device != "cpu" and args.export is not None:
         parser.error("--device is for --benchmark, --upscale and --time")
+    with shown():
+        act(parser, args)
+
+
+def act(parser, args):
     try:
+        if os.path.isfile(args.run):
+            raise ValueError(f"{args.run} is a file: RUN is the folder that search.py wrote, "
+                             f"{os.path.dirname(args.run) or '.'}")
         network = load_run(args.run).to(usable(args.device))
         if args.benchmark:
             run_benchmark(network, args.run, args.benchmark)
@@ -705,6 +838,8 @@ def main(argv=None):
             run_export(network, Path(args.export))
         else:
             run_upscale(network, args.upscale, args.output)
+    except BrokenPipeError:
+        raise  # nobody reads on: see `shown`
     except (ValueError, OSError) as error:
         parser.error(error)
     except (MemoryError, RuntimeError) as error:

@@ -21,26 +21,30 @@ of it, aimed at is the middle, 90 %. Exits that cannot fit are forbidden from th
 finished choices miss the budget, `Supernet.derive` changes the least certain of them. So every run
 ends within its budget, as counted or by its table of milliseconds.
 
-A run's folder holds settings.json (options, versions, hardware), history.csv, distributions.npz
-(all weights over time), levels.png, architecture.png, architecture.json, network.pt, results.md
-and .json, and for --resume two checkpoints.
+A run's folder holds settings.json (options, photographs, versions, hardware), history.csv,
+distributions.npz (all weights over time), levels.png, architecture.png, architecture.json,
+network.pt, results.md and .json, and for --resume two checkpoints.
 """
 import argparse
 import copy
+import hashlib
 import json
 import math
 import os
 import platform
 import re
 import shlex
-import signal
 import sys
+import threading
 import time
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+
+if "OMP_WAIT_POLICY" not in os.environ:  # OpenMP's threads spin while they wait for one another,
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # which starves a busy machine; so, not long
 
 import numpy as np
 import torch
@@ -49,9 +53,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from evaluate import (CommandLine, compare_with_bicubic, is_out_of_memory, load_photos, means,
-                      measured_costs, out_of_memory, sample_photo, time_network, usable)
-from search_space import (Architecture, Costs, Network, Space, cost_in_words, counted_costs,
-                          draw_architecture, load_tensors, save_tensors, write_whole)
+                      named, out_of_memory, sample_photo, usable)
+from search_space import (SIGNALS, Architecture, Costs, Network, Space, alone_in, cost_in_words,
+                          counted_costs, draw_architecture, heed, load_tensors, measured_costs,
+                          note, on_signals, save_tensors, shown, stop, time_network, write_whole)
 from sparsestmax import ACTIVATIONS, get_activation
 from supernet import Supernet, Weights, draw_levels, live_choices
 
@@ -75,7 +80,7 @@ DAMAGED = "checkpoint.damaged.pt"  # a damaged checkpoint.pt is put aside
 
 # torchrun starts WORLD processes and numbers them. All hold the same weights and logits; each
 # computes its share of a batch, and gradients are averaged. Process 0 alone writes and prints.
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANK, WORLD = 0, 1  # `main` asks the environment
 
 
 # --- 1. Schedules ------------------------------------------------------------------------------
@@ -207,21 +212,21 @@ class Run:
         self.supernet = self.logits_optimiser = None
 
     def run(self):
-        """All steps that are left. SIGINT and SIGTERM end it after the step in progress, saved.
+        """All steps that are left. A signal ends it after the step in progress, saved.
 
         Raises KeyboardInterrupt(signal) then, and FloatingPointError as `settle` does.
         """
-        s, caught, weights, cost = self.settings, [], None, None
+        s, weights, cost = self.settings, None, None
 
         def stopped():  # by which signal, or 0
-            return largest(max(caught, default=0))
+            return largest(max(SIGNALS, default=0))
         bar = tqdm(total=s.steps, initial=self.step, desc=f"x{s.scale}", unit="step",
                    dynamic_ncols=True, disable=RANK > 0,
                    mininterval=0.1 if sys.stderr.isatty() else 30)  # a log file wants few lines
         last = saved = time.perf_counter()
         # A signal may come in the middle of a step, with half of the weights updated. It is noted,
         # and heeded after the step: that is why stopping and resuming changes no bit.
-        with bar, on_signals(lambda number, _: caught.append(number)):
+        with bar, on_signals(note):
             try:
                 while self.step < s.steps and not stopped():
                     # 1. Where are we in the schedules?
@@ -338,9 +343,19 @@ class Run:
     # --- What a run leaves behind --------------------------------------------------------------
 
     def finish(self):
-        """Write the run's results into its folder, and print the table."""
+        """Write the run's results into its folder, and print the table. The network comes first."""
         def write(name, content):
             write_whole(self.out / name, content)
+
+        def attempt(what, action, *arguments):
+            """The result or, for something that a run can do without, a note why there is none."""
+            heed()
+            try:
+                return action(*arguments)
+            except Exception as error:  # matplotlib may miss a font, LaTeX, its sample photograph
+                why = (str(error) or type(error).__name__).splitlines()[0]
+                print(f"note: no {what}: {why}", file=sys.stderr)
+        # 1. The network, and how it was found.
         s, a = self.settings, self.network.architecture
         network = self.network.cpu().to(memory_format=torch.contiguous_format).eval()
         write("architecture.json", a.to_json() + "\n")
@@ -351,12 +366,15 @@ class Run:
         levels = Weights(*(torch.stack(level).cpu().numpy() for level in levels))  # (T, ...) each
         write("distributions.npz", partial(np.savez_compressed, steps=np.array(steps),
                                            **levels._asdict()))
-        write("levels.png", draw_levels(self.space, a.path, steps, levels).savefig)
-        write("architecture.png", draw_architecture(a).savefig)
-
-        # Measured on the CPU, where figures repeat, on a photograph that no training folder holds.
-        table, scores = compare_with_bicubic(
+        # 2. Its quality, on the CPU, where figures repeat, on a photograph that no training folder
+        #    holds. And pictures.
+        table, scores = attempt("table of quality", lambda: compare_with_bicubic(
             network, f"The photograph that matplotlib ships, x{a.scale}", [sample_photo()])
+        ) or ("", {})
+        attempt("levels.png", lambda: write("levels.png", draw_levels(
+            self.space, a.path, steps, levels).savefig))
+        attempt("architecture.png", lambda: write("architecture.png", draw_architecture(a).savefig))
+        # 3. All figures, for programs and for readers.
         report, cost, timed = self.hand_over_report, self.costs.of(a), ""
         numbers = dict(sample={method: means(rows) for method, rows in scores.items()},
                        seconds=self.seconds, hand_over=report, halvings=self.halvings)
@@ -376,17 +394,6 @@ class Run:
                 f"{report['largest_difference']:.1e}.\n")
         write("results.md", text)
         print(text)
-
-
-@contextmanager
-def on_signals(handler):
-    """Within, SIGINT and SIGTERM call `handler(number, frame)`."""
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
 
 
 def average(tensors: list[torch.Tensor]) -> None:
@@ -498,13 +505,25 @@ class Data(NamedTuple):
     whole: Patches
     half_a: Patches
     half_b: Patches
+    found: dict  # what there is, for settings.json
 
 
 def load_data(s: argparse.Namespace) -> Data:
-    pairs = load_photos(s.data, s.scale, s.patch, s.seed, quiet=RANK > 0)
+    lines = []
+
+    def say(line):
+        lines.append(line)
+        if RANK == 0:
+            tqdm.write(line, file=sys.stderr)
+    pairs = load_photos(s.data, s.scale, s.patch, s.seed, say)
     whole = Patches(pairs, s.patch, s.device)
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(s.seed))
-    return Data(whole, whole.only(order[::2]), whole.only(order[1::2]))
+    # A digest of three photographs tells folders apart well enough.
+    some = b"".join(pairs[k][0].tobytes() for k in (0, len(pairs) // 2, -1))
+    found = dict(photographs=len(pairs), pixels=sum(hr.shape[0] * hr.shape[1] for _, hr in pairs),
+                 digest=hashlib.sha256(some).hexdigest()[:16],
+                 said=[line for line in lines if not line.startswith("skipped")])
+    return Data(whole, whole.only(order[::2]), whole.only(order[1::2]), found)
 
 
 # --- 4. The command line -----------------------------------------------------------------------
@@ -541,14 +560,16 @@ def arguments() -> CommandLine:
     parser = CommandLine(prog="search.py", description="Search, train, derive and measure.")
     add = parser.add_argument_group("the task").add_argument
     add("--scale", type=int, choices=(2, 3, 4), help="enlargement (default: 2)")
-    add("--data", metavar="DIR", help="photographs, searched recursively (default: generated)")
+    add("--data", type=named, metavar="DIR",
+        help="photographs, searched recursively (default: generated)")
     add("--budget", type=budget, help="for a 1280x720 output: most multiply-adds, as 18G (default: "
         "the preset's), or most milliseconds on this machine, as 80ms")
     add("--activation", help="logits to weights: a name in sparsestmax.py's ACTIVATIONS (default: "
         "sparsestmax), or FILE.py:FUNCTION, which runs that file's code")
     add = parser.add_argument_group("the run").add_argument
-    add("--out", type=Path, metavar="DIR", help="folder of the run (default: runs/x2, x3 or x4)")
-    add("--resume", action="store_true", help="go on with the run in --out, with its settings")
+    add("--out", type=named, metavar="DIR", help="folder of the run (default: runs/x2, x3 or x4)")
+    add("--resume", action="store_true", help="go on with the run in --out, with its settings (a "
+        "new --data or --device may be given)")
     add("--seed", type=whole, help="of weights, logits, data split and patches (default: 0)")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add("--preset", choices=PRESETS, help="sizes and steps (default: full on cuda, else lesson)")
@@ -572,12 +593,10 @@ def settings_of(args: argparse.Namespace) -> tuple[argparse.Namespace, Path]:
              if value is not None and name not in ("out", "resume")}
     if "budget" in given:
         given["budget"], given["unit"] = given["budget"]
-    out = args.out
+    out = Path(args.out)
     if args.resume:
         return settings_to_resume(given, out), out
     # 2. A new run wants a folder of its own.
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file: choose another --out")
     if out.exists() and not all(map(left_by_a_run, out.iterdir())):
         raise ValueError(f"{out} is not empty: go on with --resume, choose another --out, or "
                          "delete it")
@@ -613,13 +632,14 @@ def settings_to_resume(given: dict, out: Path) -> argparse.Namespace:
     def shown(settings, name):
         return (cost_in_words(settings["budget"], settings["unit"]) if name == "budget"
                 else settings[name])
+    moved = {name: given.pop(name) for name in ("data", "device") if name in given}
     different = sorted({"budget" if name == "unit" else name for name in given
                         if given[name] != saved[name]})
     if different:
         raise ValueError("a run goes on with its own settings; leave out " + ", ".join(
             f"--{name} {shown(given, name)} (the run has {shown(saved, name)})"
             for name in different))
-    return argparse.Namespace(**saved)
+    return argparse.Namespace(**saved | moved)
 
 
 def saved_settings(path: Path) -> dict:
@@ -665,9 +685,10 @@ def left_by_a_run(file: Path) -> bool:
         return False
 
 
-def describe(settings: argparse.Namespace) -> dict:
+def describe(settings: argparse.Namespace, found: dict) -> dict:
     device = torch.device(settings.device)
-    return dict(settings=vars(settings), command=shlex.join(["python", *sys.argv]),
+    return dict(settings=vars(settings), photographs=found,
+                command=shlex.join(["python", *sys.argv]),
                 versions=dict(python=platform.python_version(), torch=torch.__version__,
                               numpy=np.__version__),
                 hardware=torch.cuda.get_device_name(device) if device.type == "cuda" else
@@ -701,6 +722,47 @@ def resumed(settings: argparse.Namespace, out: Path, data: Data) -> Run:
     raise ValueError(f"no checkpoint in {out} can be read; start again in another --out")
 
 
+def keep_places(s: argparse.Namespace, out: Path, found: dict):
+    """Note in settings.json where a resumed run now has its photographs; say if they are others."""
+    path = out / "settings.json"
+    record = json.loads(path.read_text())
+    names = "photographs", "pixels", "digest"
+    before, now = record.get("photographs"), [found[name] for name in names]
+    if isinstance(before, dict) and [before.get(name) for name in names] != now:
+        print(f"note: these are not the photographs of before: then {before.get('photographs')}, "
+              f"{before.get('pixels')} pixels in all; now {now[0]}, {now[1]}. The run goes on with "
+              "what is there now", file=sys.stderr)
+    if record["settings"] != vars(s) or before != found:
+        write_whole(path, json.dumps(record | dict(settings=vars(s), photographs=found),
+                                     indent=1) + "\n")
+
+
+def meet_processes(device: str):
+    """Wait until all WORLD processes are there, and connect them.
+
+    In a thread, as this one must stay free for signals: torch would wait for half an hour, deaf.
+    """
+    def meet():
+        try:
+            # `largest` reduces CPU tensors; left to itself, torch would bring NCCL alone on CUDA.
+            torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in device else
+                                                 "gloo")
+        except Exception as error:
+            failed.append(error)
+    failed, thread = [], threading.Thread(target=meet, daemon=True)
+    thread.start()
+    thread.join(3)
+    if thread.is_alive():
+        print(f"process {RANK} waits for all {WORLD} to meet at {os.environ.get('MASTER_ADDR')}, "
+              f"port {os.environ.get('MASTER_PORT')}", file=sys.stderr)
+    while thread.is_alive():
+        thread.join(0.2)
+        heed()
+    if failed:
+        raise ValueError(f"the {WORLD} processes could not be connected: "
+                         f"{str(failed[0]).splitlines()[0]}")
+
+
 def whole_run(args: argparse.Namespace):
     """From the command line to the table of results."""
     s, out = settings_of(args)
@@ -710,25 +772,31 @@ def whole_run(args: argparse.Namespace):
         if s.unit == "ms" and not args.resume:
             raise ValueError("processes would disturb one another's clocks: begin this run in one "
                              "process, stop it, and go on with torchrun and --resume")
-        # `largest` reduces CPU tensors; left to itself, torch would bring NCCL alone where CUDA is.
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in s.device else "gloo")
-    usable(f"cuda:{os.environ['LOCAL_RANK']}" if WORLD > 1 and s.device == "cuda" else s.device)
+        meet_processes(s.device)
+    several = WORLD > 1 and s.device == "cuda"  # a GPU for each
+    usable(f"cuda:{environment('LOCAL_RANK', 0, WORLD - 1)}" if several else s.device)
     # 1. A run: from its last checkpoint, or a new one. What is impossible ends here, unwritten.
     if args.resume:
-        run = resumed(s, out, load_data(s))
+        data = load_data(s)
+        heed()
+        run = resumed(s, out, data)
+        if RANK == 0:
+            keep_places(s, out, data.found)
     else:
         run = Run(s, out)
+        heed()
         run.data = load_data(s)
+        heed()
         if WORLD > 1:
             torch.distributed.barrier()  # nobody writes before all have found --out empty
         if RANK == 0:
-            out.mkdir(parents=True, exist_ok=True)
-            write_whole(out / "settings.json", json.dumps(describe(s), indent=1) + "\n")
+            write_whole(out / "settings.json",
+                        json.dumps(describe(s, run.data.found), indent=1) + "\n")
             run.save()  # from here on there is something to resume
     # 2. All its steps; from the last checkpoint at half the rate, should it diverge.
     while True:
         try:
-            run.run()
+            run.run()  # (asks after every step)
             break
         except FloatingPointError as error:
             halvings, data = run.halvings + 1, run.data
@@ -750,25 +818,39 @@ def whole_run(args: argparse.Namespace):
         torch.distributed.destroy_process_group()
 
 
+def environment(name: str, least: int, most: int) -> int:
+    """A number from the environment, as torchrun sets it; ValueError for anything else."""
+    text = os.environ.get(name, "")
+    if not (text.isdecimal() and least <= int(text) <= most):
+        raise ValueError(f"{name}={text!r} in the environment is no number from {least} to {most}: "
+                         "torchrun sets WORLD_SIZE, RANK and LOCAL_RANK; without it, unset them")
+    return int(text)
+
+
 def main(argv=None):
+    global RANK, WORLD
     parser = arguments()
     args = parser.parse_args(argv)
-    out = args.out = args.out or Path("runs") / f"x{args.scale or 2}"
+    out = args.out = Path(args.out or Path("runs") / f"x{args.scale or 2}")
     way_on = ["python", "search.py", "--resume", "--out", str(out)]
     if args.activation and args.activation not in ACTIVATIONS:
         way_on += ["--activation", args.activation]
     way_on = f"go on with: {shlex.join(way_on)}"
-
-    def stop(number, frame):
-        raise KeyboardInterrupt(number)
-    with on_signals(stop):
+    SIGNALS.clear()
+    with shown(), on_signals(stop):
         try:
-            whole_run(args)
+            WORLD = environment("WORLD_SIZE", 1, 2 ** 20) if "WORLD_SIZE" in os.environ else 1
+            # A lone process may carry the RANK of something else.
+            RANK = environment("RANK", 0, WORLD - 1) if WORLD > 1 else 0
+            with alone_in(out) if RANK == 0 else nullcontext():
+                whole_run(args)
         except KeyboardInterrupt as stopped:
             if RANK == 0:
                 print("interrupted; " + (way_on if resumable(out) else "nothing was begun"),
                       file=sys.stderr)
             sys.exit(128 + stopped.args[0])
+        except BrokenPipeError:
+            raise  # nobody reads on: see `shown`
         except OSError as error:  # a full disk, a vanished folder
             kept = f"; what is in {out} is whole, {way_on}" if resumable(out) else ""
             parser.error(f"{error}{kept}")
@@ -777,6 +859,8 @@ def main(argv=None):
         except (MemoryError, RuntimeError) as error:
             parser.error(f"{out_of_memory(error)}; begin again with a smaller --batch or --patch, "
                          "or fewer photographs")
+        finally:
+            SIGNALS.clear()
 
 
 if __name__ == "__main__":

@@ -37,13 +37,17 @@ enlargement are free. Totals are for a 1280x720 *output*, as the field quotes th
 be milliseconds for such an output on your machine (`Costs`): the two do not always rank networks
 alike.
 """
+import ctypes
 import io
 import json
 import math
 import os
 import random
+import signal
+import sys
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -54,6 +58,12 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import nn
+from torch.utils.benchmark import Timer
+
+try:
+    import fcntl  # for a lock
+except ImportError:  # Windows
+    fcntl = None
 
 OUTPUT_PIXELS = 1280 * 720  # costs are quoted for an output of this size
 UPSAMPLINGS = {2: (2,), 3: (3,), 4: (2, 2)}  # scale -> the factors its "u"s enlarge by
@@ -481,7 +491,7 @@ class Network(nn.Module):
 
 # --- What the parts cost -----------------------------------------------------------------------
 # The search needs the cost of every candidate before there is any network, so cost must be a sum
-# over layers. Multiply-adds are one. Milliseconds nearly are: see `measured_costs` in evaluate.py.
+# over layers. Multiply-adds are one. Milliseconds nearly are: see `measured_costs`.
 
 @dataclass
 class Costs:
@@ -530,6 +540,87 @@ def counted_costs(space: Space) -> Costs:
                  operations={m: (float(n) * np.array(table)).tolist() for m, n in pixels.items()},
                  up={m: 9.0 * nf * nf * n for m, n in pixels.items()},
                  tail={m: 27.0 * nf * (space.scale // m) ** 2 * n for m, n in pixels.items()})
+
+
+def keep_memory():
+    """Let this process keep what it frees (glibc only; elsewhere nothing happens).
+
+    Features of a large picture take tens of megabytes. glibc hands such blocks back to the system
+    and fetches them again page by page, which made one network take 128, 235 or 300 ms. Keeping
+    them makes times repeat.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return
+    mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: keep the end of the heap
+    mallopt(-4, 0)  # M_MMAP_MAX: no blocks outside of the heap
+
+
+@torch.inference_mode()
+def milliseconds(module, *inputs, seconds=0.3):
+    """Median time of module(*inputs), called for `seconds` but at least twice."""
+    keep_memory()
+    module(*inputs)  # the first call sets things up
+    timer = Timer("module(*inputs)", globals=dict(module=module, inputs=inputs),
+                  num_threads=torch.get_num_threads())
+    return 1e3 * timer.blocked_autorange(min_run_time=seconds).median
+
+
+def features(channels, m, scale, device):
+    """(1, channels, 720 m / scale, 1280 m / scale), stored as a network on pictures has them."""
+    x = torch.rand(1, channels, 720 * m // scale, 1280 * m // scale, device=device)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def time_network(network, device):
+    """Milliseconds for a 1280x720 output."""
+    network = network.to(device, memory_format=torch.channels_last)
+    return milliseconds(network, features(3, 1, network.architecture.scale, device), seconds=3)
+
+
+def measured_costs(space, device, say=print):
+    """A table of `Costs` in milliseconds, on this device and with this number of threads.
+
+    Each part is timed alone at the size of its use. A whole network does not take exactly the sum
+    of its parts, so three random ones are timed, and all parts multiplied by the median of
+    time / sum. say: called with lines for the reader. Half a minute for a small space on a CPU;
+    nothing else should run meanwhile.
+    """
+    def time(module, channels, m):
+        module = module.to(device, memory_format=torch.channels_last)
+        return milliseconds(module, features(channels, m, space.scale, device))
+    nf, widths, scale = space.channels, space.widths, space.scale
+    image = features(3, 1, scale, device)
+    enlarging = milliseconds(lambda x: enlarge(x, scale), image)
+    costs = Costs("ms", time(conv(3, nf, 3, bias=True), 3, 1), {}, {}, {})
+    say(f"milliseconds of each operation for a 1280x720 output, x{scale}, on {device}, "
+        "from a width to the same")
+    for m in sorted(set(map(space.magnification, space.nodes))):
+        costs.operations[m] = []
+        for make, *_ in OPERATIONS.values():  # a table for each: from width c to width d
+            costs.operations[m].append([[time(make(c, d), c, m) for d in widths] for c in widths])
+        x = features(nf, m, scale, device)
+        costs.tail[m] = time(Tail(nf, scale // m), nf, m) + enlarging
+        say(f"  features {x.shape[3]}x{x.shape[2]}".ljust(22) + "".join(f"{w:>9d}" for w in widths))
+        for name, table in zip(OPERATIONS, costs.operations[m]):
+            say(f"    {name:18s}" + "".join(f"{t:9.2f}" for t in np.diagonal(table)))
+    for node in space.nodes:
+        before, m = space.magnification(node[:-1]), space.magnification(node)
+        if node[-1] == "u" and m not in costs.up:
+            costs.up[m] = time(Up(nf, m // before), nf, before)
+
+    rng, ratios = random.Random(0), []
+    for _ in range(3):
+        network = Network(space.random(rng)).to(device, memory_format=torch.channels_last)
+        ratios.append(milliseconds(network, image) / costs.of(network.architecture))
+    ratio = float(np.median(ratios))
+    say(f"  whole networks take {ratio:.2f} times the sum of their parts ({min(ratios):.2f} to "
+        f"{max(ratios):.2f})")
+    costs.head *= ratio
+    for part in costs.operations, costs.up, costs.tail:
+        part |= {m: (ratio * np.array(cost)).tolist() for m, cost in part.items()}
+    return costs
 
 
 # --- The published networks --------------------------------------------------------------------
@@ -637,6 +728,90 @@ def load_run(run: Path) -> Network:
     return network.eval()
 
 
+# --- One run in its folder ---------------------------------------------------------------------
+
+@contextmanager
+def alone_in(out: Path):
+    """Within, no other run may use the folder `out`. It is made, if need be, and not left empty.
+
+    The lock is on the folder itself and ends with this process, however that ends. ValueError if
+    another process holds it.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: choose another --out")
+    made = [place for place in (out, *out.parents) if not place.exists()]
+    out.mkdir(parents=True, exist_ok=True)
+    folder = os.open(out, os.O_RDONLY) if fcntl else None
+    try:
+        if fcntl:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"another process is at work in {out}: wait for its end, or "
+                                 "choose another --out") from None
+            except OSError:  # a file system without locks
+                pass
+        yield
+    finally:
+        if fcntl:
+            os.close(folder)
+        for place in made:
+            with suppress(OSError):  # it is not empty
+                place.rmdir()
+
+
+SIGNALS = []  # those that came
+# A handler that only raises can be overheard: Python drops an exception that is raised inside some
+# callbacks. So every signal is noted first, and every phase of a run asks.
+
+
+@contextmanager
+def on_signals(handler):
+    """Within, SIGINT, SIGTERM and SIGHUP call `handler(number, frame)`."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    hang_up = getattr(signal, "SIGHUP", None)  # Windows has none, and nohup wants it ignored
+    if hang_up and signal.getsignal(hang_up) != signal.SIG_IGN:
+        numbers.append(hang_up)
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+def note(number, frame):
+    SIGNALS.append(number)
+
+
+def stop(number, frame):
+    SIGNALS.append(number)
+    raise KeyboardInterrupt(number)
+
+
+def heed():
+    """Raises KeyboardInterrupt(number) if a signal has come."""
+    if SIGNALS:
+        raise KeyboardInterrupt(SIGNALS[0])
+
+
+@contextmanager
+def shown():
+    """Around a `main`: no trouble of the terminal's undoes its work.
+
+    A name that the terminal cannot print is spelled with backslashes. A reader who has seen enough
+    (`| head`) ends it quietly.
+    """
+    for stream in sys.stdout, sys.stderr:
+        with suppress(AttributeError):  # a notebook's
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more
+
+
 # --- Its picture -------------------------------------------------------------------------------
 
 # Okabe and Ito's colours, told apart by the colour-blind too.
@@ -686,4 +861,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with shown():
+        main()

@@ -56,7 +56,7 @@ def read_run(run):
     try:
         settings = json.loads((run / "settings.json").read_text())["settings"]
         results = json.loads((run / "results.json").read_text())
-        quality = {"sample": results["sample"]}
+        quality = {"sample": results["sample"]} if results["sample"] else {}
         if (run / "benchmark.json").exists():
             quality = json.loads((run / "benchmark.json").read_text())
         hand_over, curves = results["hand_over"], {}

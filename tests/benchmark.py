@@ -7,10 +7,11 @@
 
 Times are medians, with the quartiles beside them. Contenders take turns within each round, so that
 a slow minute of the machine slows all of them, and ratios are taken within the table. The table,
-with versions and hardware, is saved to --out.
+with versions and hardware, is saved to --out, after each part. Other options are search.py's.
 """
 import argparse
 import ctypes
+import os
 import platform
 import sys
 import time
@@ -22,12 +23,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import search
-from evaluate import crop_to, dead_leaves, degrade, keep_memory
-from search_space import OPERATIONS, Network, cells_on, cost_in_words, write_whole
+from evaluate import (CommandLine, check_folder_of, crop_to, dead_leaves, degrade, out_of_memory,
+                      usable)
+from search_space import OPERATIONS, Network, cells_on, cost_in_words, keep_memory, write_whole
 from sparsestmax import sparsestmax
 from supernet import live_choices
 
 PROGRESS = 1e-3, 0.25, 0.5, 0.75, 1.0  # at 0 itself, the warm-up, a step leaves the logits alone
+NOWHERE = Path(os.devnull, "nothing")  # the folder of a run that saves nothing
 
 
 def synchronize():
@@ -84,15 +87,15 @@ def peak_memory(action) -> float:
 
 # --- Runs -----------------------------------------------------------------------------------------
 
-def make_run(settings, pairs, costs=None) -> search.Run:
+def make_run(settings, pairs, costs) -> search.Run:
     """A Run on generated pictures whose supernet leans a little, as in a search.
 
     It leans towards one network within the budget. costs: those of another Run, so that nothing
     is timed twice.
     """
-    run = search.Run(settings, Path("unused"), costs)
+    run = search.Run(settings, NOWHERE, costs)
     whole = search.Patches(pairs, settings.patch, run.device)
-    run.data = search.Data(whole, whole, whole)
+    run.data = search.Data(whole, whole, whole, {})
     run.save = lambda: None
     net = run.supernet
     lean(net, net.derive(net.weights(1.0), (search.LEAST * settings.budget, settings.budget)), 0.02)
@@ -156,9 +159,9 @@ def whole_step(run, progress, how="ours"):
     run.search_step(progress)
 
 
-def step_times(settings, pairs, rounds):
-    run = make_run(settings, pairs)
-    lone = become_network(make_run(settings, pairs, run.costs))
+def step_times(settings, pairs, costs, rounds):
+    run = make_run(settings, pairs, costs)
+    lone = become_network(make_run(settings, pairs, costs))
     # Or the run would drift away from the network that `lone` has.
     run.logits_optimiser.param_groups[0]["lr"] = 0.0
     contenders = {"derived network, a training step": lone.training_step}
@@ -181,10 +184,10 @@ def step_times(settings, pairs, rounds):
     return rows
 
 
-def memory(settings, pairs):
+def memory(settings, pairs, costs):
     rows = ["| step | peak memory above the model's own |", "|---|---:|"]
-    run = make_run(settings, pairs)
-    lone = become_network(make_run(settings, pairs, run.costs))
+    run = make_run(settings, pairs, costs)
+    lone = become_network(make_run(settings, pairs, costs))
     run.search_step(1.0)  # gradients and moments of weights are there by now
     contenders = {"dense, whole step": partial(whole_step, run, PROGRESS[0], "dense")}
     contenders |= {f"ours at progress {p}, whole step": partial(whole_step, run, p)
@@ -197,14 +200,14 @@ def memory(settings, pairs):
                    "Adam's moments four times that."]
 
 
-def whole_run(settings, pairs):
-    run = make_run(settings, pairs)
+def whole_run(settings, pairs, costs):
+    run = make_run(settings, pairs, costs)
     torch.manual_seed(settings.seed)
     for logits in run.supernet.logits():  # no leaning: a search as search.py does it
         torch.nn.init.normal_(logits, std=1e-3)
     run.run()
     longer = argparse.Namespace(**vars(settings) | dict(steps=settings.steps + settings.search))
-    alone = become_network(make_run(longer, pairs, run.costs), run.network.architecture)
+    alone = become_network(make_run(longer, pairs, costs), run.network.architecture)
     alone.step = settings.search  # the search is behind it; `steps` steps of training are left
     alone.run()
     together, training = sum(run.seconds.values()), alone.seconds["training"]
@@ -245,40 +248,76 @@ def maps(rounds, device):
     return rows
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--whole", action="store_true",
-                        help="also a whole run, and the training of its network alone")
-    parser.add_argument("--rounds", type=search.positive, default=10)
-    parser.add_argument("--parts", nargs="+", choices=("steps", "memory", "maps"),
-                        default=["steps", "memory", "maps"])
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmark.md"))
-    args, rest = parser.parse_known_args()
-    options = search.arguments().parse_args([*rest, "--out", "runs/never written"])
-    settings, _ = search.settings_of(options)
+# --- The command line -----------------------------------------------------------------------------
+
+def check_out(file: Path):
+    """ValueError if `file` cannot be written: better now than after the work."""
+    try:
+        check_folder_of(file)
+    except ValueError as error:
+        raise ValueError(f"{error}; make it first, or choose another --out") from None
+    if file.is_dir():
+        raise ValueError(f"--out {file} is a folder: name a file in it")
+
+
+def report(args):
+    """Measure, print and save what was asked for; what cannot be is found before the work."""
+    parts, rounds, out = args.parts + ["whole"] * args.whole, args.rounds, args.out
+    for name in ("parts", "rounds", "whole"):  # the others are search.py's
+        delattr(args, name)
+    args.out = NOWHERE
+    settings, _ = search.settings_of(args)
+    usable(settings.device)
+    if out is None:
+        out = Path("runs/benchmark.md")
+        out.parent.mkdir(exist_ok=True)
+    check_out(out)
+    costs = search.Run(settings, NOWHERE).costs
     rng = np.random.default_rng(0)
     pictures = [dead_leaves(max(256, settings.scale * settings.patch), rng) for _ in range(8)]
     pictures = [crop_to(picture, settings.scale) for picture in pictures]
     pairs = [(degrade(hr, settings.scale), hr) for hr in pictures]
     s = vars(settings)
-    report = [f"# x{s['scale']}, {s['channels']} channels, {s['cells']} cells of {s['positions']}, "
-              f"{s['batch']} patches of {s['patch']}x{s['patch']}, "
-              f"budget {cost_in_words(s['budget'], s['unit'])}, "
-              f"{'bfloat16' if s['bfloat16'] else 'float32'}\n",
-              f"Python {platform.python_version()}, torch {torch.__version__}, "
-              f"{torch.get_num_threads()} threads, "
-              f"{search.describe(settings)['hardware']} ({processor()}), {args.rounds} rounds.\n"]
-    parts = {"steps": lambda: step_times(settings, pairs, args.rounds),
-             "memory": lambda: memory(settings, pairs),
-             "maps": lambda: maps(args.rounds, settings.device)}
-    for name in args.parts:
-        report += [f"\n## {name}\n", *parts[name]()]
-    if args.whole:
-        report += ["\n## whole\n", *whole_run(settings, pairs)]
-    text = "\n".join(report) + "\n"
-    print(text)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(args.out, lambda path: path.write_text(text))
+    lines = [f"# x{s['scale']}, {s['channels']} channels, {s['cells']} cells of {s['positions']}, "
+             f"{s['batch']} patches of {s['patch']}x{s['patch']}, "
+             f"budget {cost_in_words(s['budget'], s['unit'])}, "
+             f"{'bfloat16' if s['bfloat16'] else 'float32'}\n",
+             f"Python {platform.python_version()}, torch {torch.__version__}, "
+             f"{torch.get_num_threads()} threads, "
+             f"{search.describe(settings, {})['hardware']} ({processor()}), {rounds} rounds.\n"]
+    print("\n".join(lines))
+    measured = {"steps": lambda: step_times(settings, pairs, costs, rounds),
+                "memory": lambda: memory(settings, pairs, costs),
+                "maps": lambda: maps(rounds, settings.device),
+                "whole": lambda: whole_run(settings, pairs, costs)}
+    for name in parts:
+        part = [f"\n## {name}\n", *measured[name]()]
+        print("\n".join(part), flush=True)
+        lines += part
+        write_whole(out, "\n".join(lines) + "\n")
+
+
+def main(argv=None):
+    parser = CommandLine(prog="benchmark.py", description=__doc__.split("\n")[0],
+                         parents=[search.arguments()], conflict_handler="resolve")
+    add = parser.add_argument_group("the benchmark").add_argument
+    add("--whole", action="store_true",
+        help="also a whole run, and the training of its network alone")
+    add("--rounds", type=search.positive, default=10, help="(default: 10)")
+    add("--parts", nargs="+", choices=("steps", "memory", "maps"),
+        default=["steps", "memory", "maps"], help="(default: all three)")
+    add("--out", type=Path, metavar="FILE.md", help="(default: runs/benchmark.md)")
+    args = parser.parse_args(argv)
+    if args.resume:
+        parser.error("--resume is for a run of search.py: leave it out, all is measured anew")
+    if args.data is not None:
+        parser.error("--data is for a run of search.py: leave it out, pictures are generated here")
+    try:
+        report(args)
+    except (ValueError, OSError) as error:
+        parser.error(error)
+    except (MemoryError, RuntimeError) as error:
+        parser.error(f"{out_of_memory(error)}; try a smaller --batch or --patch")
 
 
 def processor() -> str:

@@ -31,7 +31,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import search
-from evaluate import measure, sets_in, super_resolve
+from benchmark import NOWHERE, check_out
+from evaluate import CommandLine, measure, named, out_of_memory, sets_in, super_resolve
 from search_space import Architecture, Network, Space, published, widths_of, write_whole
 from supernet import Weights
 
@@ -42,10 +43,11 @@ CACHE = {}  # a worker's photographs, and what the parts of a network cost
 def start(settings, seed, architecture=None) -> search.Run:
     """A Run before its first step: of a search, or of training `architecture` afresh."""
     settings = argparse.Namespace(**vars(settings) | dict(seed=seed))
-    run = search.Run(settings, Path("unused"), CACHE["costs"])
+    run = search.Run(settings, NOWHERE, CACHE["costs"])
     data = CACHE["data"]
     order = torch.randperm(len(data.whole.pairs), generator=torch.Generator().manual_seed(seed))
-    run.data = search.Data(data.whole, data.whole.only(order[::2]), data.whole.only(order[1::2]))
+    run.data = data._replace(half_a=data.whole.only(order[::2]),
+                             half_b=data.whole.only(order[1::2]))
     if architecture:
         torch.manual_seed(seed)
         run.network = Network(architecture).to(run.device, memory_format=torch.channels_last)
@@ -76,7 +78,7 @@ def quality(run) -> list[float]:
     def upscale(lr):
         return super_resolve(network, lr)
     return [float(np.mean([row[1] for row in measure(upscale, each, scale)]))
-            for each in CACHE["sets"]]
+            for each in CACHE["sets"].values()]
 
 
 def searched(settings, seed):
@@ -114,17 +116,17 @@ def chosen(settings, seed, architectures, seconds) -> int:
 
 # --- The others -----------------------------------------------------------------------------------
 
-def random_networks(space: Space, cost: float, rng: random.Random):
-    """RANDOM different networks within 5 %; ValueError if so many do not come up."""
+def random_networks(space: Space, cost: float, rng: random.Random, within=0.05):
+    """RANDOM different networks of about this cost; ValueError if so many do not come up."""
     found = {}
     for _ in range(1_000_000):
         a = space.random(rng)
-        if abs(a.multiply_adds() / cost - 1) < 0.05:
+        if abs(a.multiply_adds() / cost - 1) < within:
             found[a] = None
         if len(found) == RANDOM:
             return list(found)
-    raise ValueError(f"of {cost / 1e9:.3g}G multiply-adds within 5 % there are hardly {RANDOM} "
-                     "networks: enlarge the space")
+    raise ValueError(f"of {cost / 1e9:.3g}G multiply-adds within {within:.0%} there are hardly "
+                     f"{RANDOM} networks: enlarge the space, by --channels, --cells or --positions")
 
 
 def scaled(name: str, scale: int, cost: float):
@@ -157,26 +159,23 @@ def task(arguments):
     return function(*rest)
 
 
-def main():
-    parser = search.arguments()
-    add = parser.add_argument_group("the comparison").add_argument
-    add("--benchmark", nargs="+", required=True, metavar="DIR",
-        help="sets to measure on, as evaluate.py takes them")
-    add("--seeds", type=int, default=3)
-    add("--workers", type=int, default=torch.get_num_threads())
-    args = parser.parse_args()
+def compare(args):
+    """All searches, all networks, the tables. What cannot be is found before the work."""
     benchmark, seeds, workers, out = args.benchmark, range(args.seeds), args.workers, args.out
-    for name in ("benchmark", "seeds", "workers"):
+    for name in ("benchmark", "seeds", "workers"):  # the others are search.py's
         delattr(args, name)
-    # Workers are forks of this process, which CUDA does not allow.
-    args.out, args.device = Path("unused"), "cpu"
+    args.out, args.device = NOWHERE, "cpu"
     settings, _ = search.settings_of(args)
+    if out:
+        check_out(out)
+    CACHE["sets"] = sets_in(benchmark, settings.scale)
     torch.set_num_threads(1)
+    CACHE["costs"] = search.Run(settings, NOWHERE).costs
     CACHE["data"] = search.load_data(settings)
-    CACHE["sets"] = [each for folder in benchmark for each in sets_in(folder)]
-    CACHE["costs"] = search.Run(settings, Path("unused")).costs
-    sets = [each.resolve().name for each in CACHE["sets"]]
+    sets = list(CACHE["sets"])
     space = Space(settings.scale, settings.channels, settings.cells, settings.positions)
+    if settings.unit == "multiply-adds":  # a found network has 80 to 100 % of them
+        random_networks(space, 0.9 * settings.budget, random.Random(0), 0.17)
     rows = {}  # name -> one list of PSNRs for each seed
 
     with multiprocessing.get_context("fork").Pool(workers) as pool:  # who share the photographs
@@ -235,7 +234,36 @@ def main():
     text = "\n".join(lines) + "\n"
     print(text)
     if out:
-        write_whole(out, lambda path: path.write_text(text))
+        write_whole(out, text)
+
+
+def main(argv=None):
+    parser = CommandLine(prog="chance.py", description=__doc__.split("\n")[0],
+                         parents=[search.arguments()], conflict_handler="resolve")
+    add = parser.add_argument_group("the comparison").add_argument
+    few = search.checked(int, lambda n: 0 < n <= 1000, "a whole number from 1 to 1000")
+    add("--benchmark", type=named, nargs="+", required=True, metavar="DIR",
+        help="sets to measure on, as evaluate.py takes them")
+    add("--seeds", type=few, default=3, metavar="N",
+        help="searches, of the seeds 0 to N - 1 (default: 3)")
+    add("--workers", type=few, default=torch.get_num_threads(), metavar="N",
+        help=f"processes (default: {torch.get_num_threads()})")
+    add("--out", type=Path, metavar="FILE.md", help="where the tables are written, too")
+    args = parser.parse_args(argv)
+    if args.resume:
+        parser.error("--resume is for a run of search.py: leave it out, a comparison begins anew")
+    if args.seed is not None:
+        parser.error("--seed is for a run of search.py: here --seeds N takes the seeds 0 to N - 1")
+    if args.device not in (None, "cpu"):
+        parser.error(f"--device {args.device}: workers are forks of this process, which CUDA does "
+                     "not allow; leave it out, and they run on the CPU")
+    try:
+        compare(args)
+    except (ValueError, OSError) as error:
+        parser.error(error)
+    except (MemoryError, RuntimeError) as error:
+        parser.error(f"{out_of_memory(error)}; try fewer --workers, or a smaller --batch or "
+                     "--patch")
 
 
 if __name__ == "__main__":

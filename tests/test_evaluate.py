@@ -104,7 +104,7 @@ def test_resize_shapes_and_errors():
 @needs_benchmark
 @pytest.mark.parametrize("name", ["Set5", "Set14"])
 def test_resize_gives_the_stored_files(name):
-    for hr in evaluate.list_photos(BENCHMARK / name / "HR"):
+    for hr in evaluate.sets_in([BENCHMARK / name], 2)[name]:
         for scale in (2, 3, 4):
             stored = evaluate.read_photo(BENCHMARK / name / f"LRbicx{scale}" / hr.name)
             np.testing.assert_array_equal(evaluate.degrade(evaluate.read_photo(hr), scale), stored)
@@ -217,7 +217,8 @@ def test_exif_listing_and_unreadable_files(tmp_path, monkeypatch):
     (tmp_path / "below/B.JPEG").touch()
     (tmp_path / "notes.txt").touch()
     (tmp_path / "below/loop").symlink_to(tmp_path)
-    assert [path.name for path in evaluate.list_photos(tmp_path)] == ["B.JPEG", "turned.png"]
+    assert [photo.path.name for photo in evaluate.find_photos(tmp_path, 2)[0]] == \
+        ["B.JPEG", "turned.png"]
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # turned.png is now a "bomb"
     for bad in ("below/B.JPEG", "notes.txt", "missing.png", "below", "turned.png"):
         with pytest.raises(ValueError, match=r"\Acannot read [^\n]*\Z"):

@@ -167,6 +167,165 @@ def test_signals_end_in_one_line(tmp_path, number, status, seconds):
         assert "go on with: python search.py --resume --out" in error
 
 
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGTERM"])
+def test_a_terminal_that_closes_ends_a_run_whole(tmp_path, photos, monkeypatch, name):
+    step = search.Run.training_step
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # (nohup may have started the tests)
+
+    def hang_up(self):
+        step(self)
+        if self.step == 10:
+            os.kill(os.getpid(), getattr(signal, name))
+    monkeypatch.setattr(search.Run, "training_step", hang_up)
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "a", "--data", photos, "--budget", "2G")
+    assert stop.value.code == 128 + getattr(signal, name)
+    assert load_tensors(tmp_path / "a" / "checkpoint.pt")["step"] == 11
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        monkeypatch.setattr(search.Run, "training_step", lambda self: os.kill(os.getpid(),
+                                                                               signal.SIGHUP))
+        monkeypatch.setattr(search.Run, "finish", lambda self: None)
+        run(tmp_path / "b", "--data", photos, "--budget", "2G")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("phase", ["load_data", "Run", "resumed"])
+def test_a_signal_that_is_overheard_is_heeded_by_the_next_phase(tmp_path, photos, monkeypatch,
+                                                                phase, capsys):
+    """The exception of a handler is lost where Python ignores exceptions, as in `__del__`."""
+    class Overhears:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+    if phase == "resumed":
+        run(tmp_path / "a", "--data", photos, "--budget", "2G")
+    action = getattr(search, phase)
+
+    def deaf(*args):
+        monkeypatch.setattr("sys.unraisablehook", lambda _: None)
+        Overhears()
+        return action(*args)
+    monkeypatch.setattr(search, phase, deaf)
+    options = ["--resume"] if phase == "resumed" else [*TINY, "--data", str(photos), "--budget",
+                                                       "2G", "--steps", "100000"]
+    with pytest.raises(SystemExit) as stop:
+        search.main([*options, "--out", str(tmp_path / "a")])
+    assert stop.value.code == 130 and "interrupted" in capsys.readouterr().err
+
+
+# --- Processes ------------------------------------------------------------------------------------
+
+def test_one_run_in_a_folder(tmp_path, photos, monkeypatch, capsys):
+    """Another process is at work there, from its first moment on; killed, it leaves no lock."""
+    import fcntl
+    out = tmp_path / "a"
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import search\n"
+            "search.Run.save = lambda self: (print('there', flush=True), input())\nsearch.main()")
+    other = subprocess.Popen([sys.executable, "-c", code, *TINY, "--out", str(out), "--data",
+                              str(photos), "--budget", "2G"], stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE)
+    other.stdout.readline()
+    before = sorted(out.iterdir())
+    for more in [*TINY, "--data", photos, "--budget", "2G", "--seed", 2], ["--resume"]:
+        assert "another process is at work" in refused(search.main, *more, "--out", out)
+    assert sorted(out.iterdir()) == before
+    other.kill()
+    other.wait()
+    run(out, "--data", photos, "--budget", "2G")
+    descriptor = os.open(out, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert "another process is at work" in refused(search.main, "--resume", "--out", out)
+    os.close(descriptor)
+    with monkeypatch.context() as patch:  # where a file system has no locks, runs go on
+        def without(*args):
+            raise OSError(37, "No locks available")
+        patch.setattr(fcntl, "flock", without)
+        search.main(["--resume", "--out", str(out)])
+    refused(search.main, "--scale", 2, "--steps", 2, "--search", 5, "--out", tmp_path / "b/c/d")
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("variables, status, words", [
+    (dict(RANK="1"), 0, "of the budget of"), (dict(RANK="x", WORLD_SIZE="1"), 0, "of the budget"),
+    (dict(LOCAL_RANK="abc"), 0, "of the budget"),
+    (dict(WORLD_SIZE="two"), 2, "WORLD_SIZE='two'"), (dict(WORLD_SIZE="0"), 2, "WORLD_SIZE='0'"),
+    (dict(WORLD_SIZE="2"), 2, "RANK=''"), (dict(WORLD_SIZE="2", RANK="-1"), 2, "RANK='-1'"),
+    (dict(WORLD_SIZE="2", RANK="2"), 2, "RANK='2'"),
+    (dict(WORLD_SIZE="2", RANK="0"), 2, "MASTER_ADDR")])
+def test_what_the_environment_says_of_processes(tmp_path, photos, monkeypatch, capsys, variables,
+                                                status, words):
+    for name in "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT":
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if status == 0:
+        run(tmp_path / "a", "--data", photos, "--budget", "2G")
+        assert words in capsys.readouterr().out and (tmp_path / "a/network.pt").exists()
+    else:
+        assert words in refused(search.main, *TINY, "--data", photos, "--budget", "2G", "--out",
+                                tmp_path / "a")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_waiting_for_processes_is_said_and_can_be_stopped(tmp_path, photos, number):
+    import socket
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        port = str(place.getsockname()[1])
+    waiting = subprocess.Popen(
+        [sys.executable, str(ROOT / "search.py"), *TINY, "--data", str(photos), "--budget", "2G",
+         "--out", str(tmp_path / "a")], stderr=subprocess.PIPE, text=True,
+        env=os.environ | dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port))
+    line = waiting.stderr.readline()
+    assert "process 0 waits for all 2" in line and port in line
+    waiting.send_signal(number)
+    error = waiting.communicate(timeout=60)[1]
+    assert waiting.returncode == 128 + number and error == "interrupted; nothing was begun\n"
+    assert not (tmp_path / "a").exists()
+
+
+# --- Terminals ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("module", ["sparsestmax", "search_space"])
+def test_a_reader_that_has_seen_enough(module):
+    code = ("import subprocess, sys; p = subprocess.Popen([sys.executable, *sys.argv[1:]], "
+            "stdout=subprocess.PIPE); p.stdout.read(1); p.stdout.close(); sys.exit(p.wait())")
+    done = subprocess.run([sys.executable, "-c", code, "-u", str(ROOT / f"{module}.py")],
+                          capture_output=True, text=True, timeout=120)
+    assert done.stderr == "" and done.returncode == 0
+
+
+def test_names_that_a_terminal_cannot_print(tmp_path, finished):
+    folder = tmp_path / "ü"
+    folder.mkdir()
+    Image.fromarray(dead_leaves(64, np.random.default_rng(0))).save(folder / "ä\udcff.png")
+    for options in ["--benchmark", folder], ["--upscale", folder / "ä\udcff.png", "-o",
+                                             folder / "ö.png"]:
+        done = subprocess.run([sys.executable, str(ROOT / "evaluate.py"), str(finished),
+                               *map(str, options)], capture_output=True,
+                              env=os.environ | dict(PYTHONIOENCODING="ascii"))
+        assert done.returncode == 0 and b"\\xfc" in done.stdout, done.stderr
+    (finished / "benchmark.json").unlink()
+
+
+def test_a_run_ends_with_its_network_whatever_matplotlib_lacks(tmp_path, photos, monkeypatch,
+                                                               capsys):
+    def fail(*args, **options):
+        raise RuntimeError("latex could not be found")
+    for owner, name in ((search, "draw_levels"), (search, "draw_architecture"),
+                        (search, "sample_photo")):
+        monkeypatch.setattr(owner, name, fail)
+    out = run(tmp_path / "a", "--data", photos, "--budget", "2G")
+    text, notes = capsys.readouterr()
+    assert "of the budget of" in text and (out / "network.pt").exists()
+    for what in "levels.png", "architecture.png", "table of quality":
+        assert f"note: no {what}: latex could not be found" in notes
+    assert json.loads((out / "results.json").read_text())["sample"] == {}
+    import compare
+    assert compare.read_run(out)
+
+
 # --- Disks ----------------------------------------------------------------------------------------
 
 def test_a_full_disk_is_one_line_and_spares_what_was_saved(tmp_path, photos):
@@ -371,7 +530,7 @@ def fill_with_rubbish(folder: Path, count: int) -> list[str]:
     (folder / "zero.png").write_bytes(b"")
     (folder / "text.jpg").write_text("not a picture")
     (folder / "bomb.png").write_bytes(png(60000, 60000))
-    (folder / "bomb that is full.png").write_bytes(png(9500, 9500, bytes(9500 * (1 + 1188))))
+    (folder / "bomb that is full.png").write_bytes(png(17000, 17000, bytes(17000 * (1 + 2125))))
     (folder / "loop.png").symlink_to("loop.png")
     (folder / "broken link.png").symlink_to("nowhere.png")
     (folder / "round").symlink_to(folder)

@@ -17,8 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
-import evaluate
 import search
+import search_space
 from benchmark import lean
 from evaluate import cut_in_two, dead_leaves, degrade, load_photos
 from search_space import Network, load_run, load_tensors
@@ -114,7 +114,7 @@ def test_a_budget_in_milliseconds(tmp_path, photos, monkeypatch, capsys):
         pixels *= getattr(module, "factor", 1) ** 2
         return pixels * sum(p.numel() for p in module.parameters() if p.dim() == 4) / 1e7
     calls = []
-    monkeypatch.setattr(evaluate, "milliseconds", clock)
+    monkeypatch.setattr(search_space, "milliseconds", clock)
     a = run(tmp_path / "a", "--data", photos, "--budget", "160ms")
     text, measured = capsys.readouterr().out, len(calls)
     assert "dws" in text and "Timed on its own it takes" in text
@@ -490,10 +490,10 @@ def test_two_processes_are_one_with_twice_their_share(tmp_path, photos):
 
 
 ILL_FATED = """
-import sys
+import os, sys
 sys.path.insert(0, {folder!r})
 import search
-search.SAVE_SECONDS = (0, 1e9)[search.RANK]  # process 1 would never save
+search.SAVE_SECONDS = (0, 1e9)[int(os.environ["RANK"])]  # process 1 would never save
 loss = search.Run.loss
 
 def ill_fated(self, *args):
@@ -529,7 +529,8 @@ def test_a_batch_that_cannot_be_split_is_refused(tmp_path, photos, monkeypatch, 
     options = ["--data", str(photos), "--budget", "2G", "--batch", "4",
                "--out", str(tmp_path / "r")]
     search.main([*TINY, *options])
-    monkeypatch.setattr(search, "WORLD", 3)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "0")
     for arguments in [*TINY, *options[:-1], str(tmp_path / "s")], ["--resume", *options[-2:]]:
         with pytest.raises(SystemExit) as stop:
             search.main(arguments)

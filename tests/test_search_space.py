@@ -13,10 +13,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import evaluate
-from evaluate import measured_costs, milliseconds
+import search_space
 from search_space import (OPERATIONS, PUBLISHED, Architecture, Network, Space, Up, counted_costs,
-                          draw_architecture, published)
+                          draw_architecture, measured_costs, milliseconds, published)
 
 VALID = Space(scale=4).architecture("cuc", [["dws"] * 5] * 2, [[24, 32, 40, 56]] * 2)
 
@@ -166,7 +165,7 @@ def test_a_table_of_times_is_made_of_the_right_parts(monkeypatch, scale, upsampl
         if isinstance(module, Up):
             pixels *= module.factor ** 2
         return float(pixels * sum(p.numel() for p in module.parameters() if p.dim() == 4))
-    monkeypatch.setattr(evaluate, "milliseconds", clock)
+    monkeypatch.setattr(search_space, "milliseconds", clock)
     space, lines = Space(scale, 16, 2, 2, upsample=upsample), []
     table, counted = measured_costs(space, "cpu", lines.append), counted_costs(space)
     about = partial(pytest.approx, rel=0.005)  # a third of 1280 pixels is no whole number
