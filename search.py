@@ -13,7 +13,8 @@ convolutions with the logits fixed, a batch from the other half moves the logits
 convolutions fixed. (In a first tenth, the warm-up, only the convolutions.) Meanwhile `progress`
 rises from 0 to 1, and sparsestmax turns ever more weights into exact zeros, whose branches are no
 longer computed. At progress 1 what is left *is* one network. It walks out of the supernet with its
-kernels, and with the optimiser's memory of them, and goes on training on all photographs.
+kernels, and with the optimiser's memory of them, and goes on training on all photographs, by
+Muon from there on (`KernelMuon`).
 
 Both minimise the mean absolute difference between SR and HR; for the logits, `Supernet.penalty`
 adds what the budget demands. A budget is in multiply-adds or milliseconds. Allowed is 80 to 100 %
@@ -65,7 +66,7 @@ from supernet import Supernet, Weights, draw_levels, live_choices
 # convolutions. budget: multiply-adds at x2, x3, x4; those of "full" are DLSR's (arXiv 2105.03939).
 PRESETS = {
     "lesson": dict(channels=24, cells=3, positions=3, batch=16, patch=24, steps=8000, search=300,
-                   rate=3e-3, bfloat16=False, budget={2: 6e9, 3: 3e9, 4: 2e9}),
+                   rate=4e-3, bfloat16=False, budget={2: 6e9, 3: 3e9, 4: 2e9}),
     "full": dict(channels=64, cells=5, positions=5, batch=16, patch=48, steps=300_000, search=4000,
                  rate=1e-3, bfloat16=True, budget={2: 68e9, 3: 31e9, 4: 18e9}),
 }
@@ -129,17 +130,14 @@ class Run:
         # judges the candidates anew.
         logits = self.supernet.logits()
         self.logits_optimiser = torch.optim.Adam(logits, LOGITS_RATE, (0.5, 0.999), fused=True)
-        self.optimiser = self.adam([*self.supernet.parameters()][len(logits):])  # they come first
+        self.learned = [*self.supernet.parameters()][len(logits):]  # (the logits come first)
+        self.optimisers = [adam(self.learned)]
         self.step, self.seconds = 0, {"search": 0.0, "training": 0.0}
         self.halvings = 0  # of the rate, after divergence
         self.history = []  # rows of history.csv
         self.recent = []  # (step, whose, loss) since the last row
         self.snapshots, self.sum = [], None  # (step, *weights) now and then; sums over all
         self.hand_over_report = None
-
-    def adam(self, parameters):
-        # (The loop sets the rate before each step.)
-        return torch.optim.Adam(parameters, betas=(0.9, 0.99), fused=True)
 
     def search_step(self, progress: float) -> tuple[Weights, torch.Tensor]:
         """One step of the supernet. Returns the candidates' weights, and their expected cost."""
@@ -149,20 +147,19 @@ class Run:
 
         # a. The convolutions learn from one half of the photographs, the architecture as it stands.
         fixed = Weights(*(w.detach() for w in weights))
-        self.descend("weights", self.optimiser, self.loss(net, self.data.half_a, fixed, values))
+        self.descend("weights", self.loss(net, self.data.half_a, fixed, values))
         cost = net.cost(fixed)
         if progress == 0:  # warm-up: what random convolutions say of an architecture is noise, and
             return fixed, cost  # listening to it costs half a step
 
         # b. The logits learn from the other half, the convolutions as they stand.
         extra = net.penalty(weights, self.target, progress)
-        self.descend("logits", self.logits_optimiser,
-                     self.loss(net, self.data.half_b, weights, values) + extra)
+        self.descend("logits", self.loss(net, self.data.half_b, weights, values) + extra)
         return fixed, cost
 
     def training_step(self):
         """One step of the found network, on all photographs."""
-        self.descend("weights", self.optimiser, self.loss(self.network, self.data.whole))
+        self.descend("weights", self.loss(self.network, self.data.whole))
 
     def loss(self, model, patches: "Patches", *weights) -> torch.Tensor:
         """Mean |SR - HR| over one batch. (L1, not L2: Lim et al., EDSR, arXiv 1707.02921.)"""
@@ -171,18 +168,22 @@ class Run:
             sr = model(lr, *weights)  # (B, 3, scale patch, scale patch)
         return F.l1_loss(sr.float(), hr)
 
-    def descend(self, whose: str, optimiser, loss: torch.Tensor):
+    def descend(self, whose: str, loss: torch.Tensor):
         """One step down the slope of `loss`. whose: "weights" (the convolutions') or "logits"."""
-        optimiser.zero_grad()
-        parameters = optimiser.param_groups[0]["params"]
+        parameters, optimisers = ((self.learned, self.optimisers) if whose == "weights" else
+                                  (self.supernet.logits(), [self.logits_optimiser]))
+        for parameter in parameters:
+            parameter.grad = None
         loss.backward(inputs=parameters)  # no gradient for what does not move
         loss = loss.detach()
         if WORLD > 1:
             average([p.grad for p in parameters if p.grad is not None] + [loss])
         # Fused Adam skips a step whose `found_inf` is 1. So a loss that is not finite changes
-        # nothing, and no GPU has to be waited for to know.
-        optimiser.found_inf = (~loss.isfinite()).float()
-        optimiser.step()
+        # nothing in a supernet, and no GPU has to be waited for to know. (Muon spoils a network by
+        # it, but `settle` finds out, and the run goes back.)
+        for optimiser in optimisers:
+            optimiser.found_inf = (~loss.isfinite()).float()
+            optimiser.step()
         self.recent.append((self.step, whose, loss))
 
     def hand_over(self):
@@ -193,9 +194,13 @@ class Run:
         with torch.no_grad():
             weights = net.weights(1.0)
         found = net.inherit(net.derive(weights, (LEAST * s.budget, s.budget), self.sum))
-        memory = net.memory_of(found, self.optimiser)
+        memory = net.memory_of(found, self.optimisers[0])
         self.become(found)
-        self.optimiser.state.update(memory)
+        others, muon = self.optimisers
+        others.state.update((p, memory[p]) for p in others.param_groups[0]["params"] if p in memory)
+        for kernel, matrix in zip(muon.kernels, muon.param_groups[0]["params"]):
+            if kernel in memory:  # both optimisers keep a running mean of the gradient
+                muon.state[matrix]["momentum_buffer"] = as_matrix(memory[kernel]["exp_avg"])
         # 2. Quality just before and after, on one batch (PSNR of RGB). Equal, if all weights were
         #    one-hot and within the budget already.
         lr, hr = self.data.half_b.batch(s.batch, torch.Generator().manual_seed(0))
@@ -206,9 +211,15 @@ class Run:
                                      largest_difference=(before - after).abs().max().item())
 
     def become(self, network: Network):
-        """From here on there is this network alone, with a fresh optimiser."""
+        """From here on there is this network alone, with fresh optimisers."""
         self.network = network.to(self.device, memory_format=torch.channels_last)
-        self.optimiser = self.adam(self.network.parameters())
+        # Muon for kernels that mix the channels of the body, Adam for the rest: head, tail, biases,
+        # depthwise kernels.
+        self.learned = [*self.network.parameters()]
+        kernels = [p for p in self.network.body.parameters() if p.dim() == 4 and p.shape[1] > 1]
+        inside = set(map(id, kernels))
+        self.optimisers = [adam([p for p in self.learned if id(p) not in inside]),
+                           KernelMuon(kernels)]
         self.supernet = self.logits_optimiser = None
 
     def run(self):
@@ -234,7 +245,8 @@ class Run:
                         self.hand_over()
                     progress = progress_at(self.step, s.search)
                     rate = s.rate * learning_rate_at(self.step, s.search, s.steps)
-                    self.optimiser.param_groups[0]["lr"] = rate / 2 ** self.halvings
+                    for optimiser in self.optimisers:
+                        optimiser.param_groups[0]["lr"] = rate / 2 ** self.halvings
                     # 2. One step, of the supernet or of the network it has become.
                     if self.network is None:
                         weights, cost = self.search_step(progress)
@@ -300,7 +312,7 @@ class Run:
 
     PLAIN = ("step", "seconds", "halvings", "recent", "history", "snapshots", "sum",
              "hand_over_report")
-    PARTS = "supernet", "logits_optimiser", "network", "optimiser"  # those there are at the time
+    PARTS = "supernet", "logits_optimiser", "network"  # those there are at the time
 
     def generators(self):
         """Of random numbers: for patches; for initial weights and for maps that draw."""
@@ -316,7 +328,8 @@ class Run:
         state = {name: getattr(self, name) for name in self.PLAIN}
         state |= {name: getattr(self, name).state_dict() for name in self.PARTS
                   if getattr(self, name)}
-        state |= dict(costs=asdict(self.costs), random=[g.get_state() for g in self.generators()])
+        state |= dict(costs=asdict(self.costs), random=[g.get_state() for g in self.generators()],
+                      optimisers=[each.state_dict() for each in self.optimisers])
         if self.network:
             state["architecture"] = self.network.architecture.to_json()
         newest, before = (self.out / name for name in CHECKPOINTS)
@@ -337,6 +350,8 @@ class Run:
         for name in self.PARTS:
             if getattr(self, name):
                 getattr(self, name).load_state_dict(state[name])
+        for optimiser, each in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(each)
         for generator, numbers in zip(self.generators(), state["random"]):
             generator.set_state(numbers.cpu())
 
@@ -394,6 +409,32 @@ class Run:
                 f"{report['largest_difference']:.1e}.\n")
         write("results.md", text)
         print(text)
+
+
+def adam(parameters):  # (The loop sets the rate before each step.)
+    return torch.optim.Adam(parameters, betas=(0.9, 0.99), fused=True)
+
+
+def as_matrix(kernel: torch.Tensor) -> torch.Tensor:
+    """A kernel (d, c, k, k) as a matrix (d, k k c): a view, where it is stored as channels_last."""
+    return kernel.detach().permute(0, 2, 3, 1).flatten(1)
+
+
+class KernelMuon(torch.optim.Muon):
+    """torch's Muon, for convolutions: a kernel is a matrix from what it sees to what it says.
+
+    The gradient of such a matrix has a few large singular values, and Adam's step follows them.
+    Muon sets all of them to about 1, so that rare directions are learned as fast (K. Jordan, 2024).
+    Its step is scaled to the size of Adam's (arXiv 2502.16982), so one rate does for both.
+    """
+    def __init__(self, kernels):
+        self.kernels = kernels
+        super().__init__(map(as_matrix, kernels), weight_decay=0, adjust_lr_fn="match_rms_adamw")
+
+    def step(self):
+        for kernel, matrix in zip(self.kernels, self.param_groups[0]["params"]):
+            matrix.grad = as_matrix(kernel.grad)
+        super().step()
 
 
 def average(tensors: list[torch.Tensor]) -> None:
@@ -518,8 +559,7 @@ def load_data(s: argparse.Namespace) -> Data:
     pairs = load_photos(s.data, s.scale, s.patch, s.seed, say)
     whole = Patches(pairs, s.patch, s.device)
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(s.seed))
-    # A digest of three photographs tells folders apart well enough.
-    some = b"".join(pairs[k][0].tobytes() for k in (0, len(pairs) // 2, -1))
+    some = b"".join(pairs[k][0].tobytes() for k in (0, len(pairs) // 2, -1))  # is enough
     found = dict(photographs=len(pairs), pixels=sum(hr.shape[0] * hr.shape[1] for _, hr in pairs),
                  digest=hashlib.sha256(some).hexdigest()[:16],
                  said=[line for line in lines if not line.startswith("skipped")])
@@ -723,25 +763,21 @@ def resumed(settings: argparse.Namespace, out: Path, data: Data) -> Run:
 
 
 def keep_places(s: argparse.Namespace, out: Path, found: dict):
-    """Note in settings.json where a resumed run now has its photographs; say if they are others."""
+    """Keep in settings.json where a resumed run's photographs are; say if they are others."""
     path = out / "settings.json"
     record = json.loads(path.read_text())
     names = "photographs", "pixels", "digest"
     before, now = record.get("photographs"), [found[name] for name in names]
-    if isinstance(before, dict) and [before.get(name) for name in names] != now:
-        print(f"note: these are not the photographs of before: then {before.get('photographs')}, "
-              f"{before.get('pixels')} pixels in all; now {now[0]}, {now[1]}. The run goes on with "
-              "what is there now", file=sys.stderr)
+    if isinstance(before, dict) and (then := [before.get(name) for name in names]) != now:
+        print(f"note: these are not the photographs of before: then {then[0]}, {then[1]} pixels in "
+              f"all; now {now[0]}, {now[1]}. The run goes on with these", file=sys.stderr)
     if record["settings"] != vars(s) or before != found:
         write_whole(path, json.dumps(record | dict(settings=vars(s), photographs=found),
                                      indent=1) + "\n")
 
 
 def meet_processes(device: str):
-    """Wait until all WORLD processes are there, and connect them.
-
-    In a thread, as this one must stay free for signals: torch would wait for half an hour, deaf.
-    """
+    """Wait for all WORLD processes, in a thread: torch would wait for half an hour, deaf."""
     def meet():
         try:
             # `largest` reduces CPU tensors; left to itself, torch would bring NCCL alone on CUDA.
@@ -822,8 +858,8 @@ def environment(name: str, least: int, most: int) -> int:
     """A number from the environment, as torchrun sets it; ValueError for anything else."""
     text = os.environ.get(name, "")
     if not (text.isdecimal() and least <= int(text) <= most):
-        raise ValueError(f"{name}={text!r} in the environment is no number from {least} to {most}: "
-                         "torchrun sets WORLD_SIZE, RANK and LOCAL_RANK; without it, unset them")
+        raise ValueError(f"{name}={text!r} in the environment is no number from {least} to {most}; "
+                         "if torchrun did not set it, unset it")
     return int(text)
 
 

@@ -119,8 +119,7 @@ def become_network(run, architecture=None):
     """Hand over at once, to `architecture` if it is given: then `run` only trains."""
     run.hand_over()
     if architecture:
-        run.network = Network(architecture).to(run.device, memory_format=torch.channels_last)
-        run.optimiser = run.adam(run.network.parameters())
+        run.become(Network(architecture))
     return run
 
 
@@ -150,7 +149,7 @@ def weights_half(run, progress, how="ours"):
     evaluated(run, how)
     with torch.no_grad():
         weights = run.supernet.weights(progress)
-    run.descend("weights", run.optimiser, run.loss(run.supernet, run.data.whole, weights))
+    run.descend("weights", run.loss(run.supernet, run.data.whole, weights))
 
 
 def whole_step(run, progress, how="ours"):

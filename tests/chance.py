@@ -50,8 +50,7 @@ def start(settings, seed, architecture=None) -> search.Run:
                              half_b=data.whole.only(order[1::2]))
     if architecture:
         torch.manual_seed(seed)
-        run.network = Network(architecture).to(run.device, memory_format=torch.channels_last)
-        run.optimiser, run.supernet = run.adam(run.network.parameters()), None
+        run.become(Network(architecture))
     return run
 
 
@@ -59,8 +58,9 @@ def advance(run, until=None, seconds=float("inf")):
     """Steps of `run` up to number `until` (default: all), or until the time is over."""
     s, begun = run.settings, time.perf_counter()
     while run.step < (until or s.steps) and time.perf_counter() - begun < seconds:
-        for group in run.optimiser.param_groups:
-            group["lr"] = s.rate * search.learning_rate_at(run.step, s.search, s.steps)
+        for optimiser in run.optimisers:
+            optimiser.param_groups[0]["lr"] = s.rate * search.learning_rate_at(
+                run.step, s.search, s.steps)
         if run.supernet:
             weights = run.search_step(search.progress_at(run.step, s.search))[0]
             run.sum = weights if run.sum is None else Weights(*map(torch.add, run.sum, weights))

@@ -194,23 +194,52 @@ def make_run(photos, tmp_path, **changes):
     return made
 
 
-def test_hand_over_is_an_identity_and_keeps_adams_memory(photos, tmp_path):
+def test_hand_over_is_an_identity_and_keeps_the_optimisers_memory(photos, tmp_path):
     """Decide by sparsestmax alone, within the budget: only the type of the object may change."""
     made = make_run(photos, tmp_path)
     for _ in range(3):
         made.sum = made.search_step(0.0)[0]
-    net, old = made.supernet, made.optimiser
+    net, old = made.supernet, made.optimisers[0]
     wanted = net.derive(net.weights(1.0), (1.6e9, 2e9), made.sum)
     lean(net, wanted, 9.0)  # towards a network that the budget allows
     made.hand_over()
     assert type(made.network) is Network and made.network.architecture == wanted
     assert made.hand_over_report["largest_difference"] <= 1e-5
+    adam, muon = made.optimisers
+    matrices = dict(zip(map(id, muon.kernels), muon.param_groups[0]["params"]))
+    assert len(matrices) + len(adam.param_groups[0]["params"]) == len(made.learned)
     for parameter, source in net.origins(made.network):
         assert torch.equal(parameter, leading(source, parameter))
+        if (matrix := matrices.get(id(parameter))) is not None:
+            momentum = leading(old.state[source]["exp_avg"], parameter)
+            assert torch.equal(muon.state[matrix]["momentum_buffer"], search.as_matrix(momentum))
+            continue
         for name, value in old.state[source].items():
-            kept = made.optimiser.state[parameter][name]
+            kept = adam.state[parameter][name]
             assert torch.equal(kept, value if value.dim() == 0 else leading(value, parameter))
+    before = [p.detach().clone() for p in made.learned]
+    for optimiser in made.optimisers:
+        optimiser.param_groups[0]["lr"] = 1e-3
     made.training_step()
+    assert not any(torch.equal(p, b) for p, b in zip(made.learned, before))  # all of them move
+
+
+def test_muon_moves_a_kernel_in_all_directions_alike():
+    """Its step is U V^T of the momentum's singular value decomposition, at the size of Adam's."""
+    torch.manual_seed(0)
+    kernel = torch.randn(8, 16, 3, 3).to(memory_format=torch.channels_last)
+    kernel.requires_grad_()
+    muon, before = search.KernelMuon([kernel]), kernel.detach().clone()
+    muon.param_groups[0]["lr"] = 0.01
+    kernel.grad = torch.randn(8, 16, 3, 3) * torch.logspace(0, -2, 8).view(8, 1, 1, 1)
+    muon.step()
+    step = search.as_matrix(before) - search.as_matrix(kernel)  # (8, 144)
+    u, _, v = torch.linalg.svd(search.as_matrix(kernel.grad), full_matrices=False)
+    size = 0.01 * 0.2 * 144 ** 0.5
+    values = torch.linalg.svdvals(step) / size
+    assert 0.5 < values.min() and values.max() < 1.5  # Newton and Schulz come so near in 5 rounds
+    overlap = (step * (u @ v)).sum() / step.norm() / (u @ v).norm()
+    assert overlap > 0.95
 
 
 def test_logits_get_no_weight_gradient_and_weights_no_logit_gradient(photos, tmp_path):
@@ -222,7 +251,7 @@ def test_logits_get_no_weight_gradient_and_weights_no_logit_gradient(photos, tmp
     made.search_step(1e-5)  # hardly on the sphere: two candidates are not locked yet
     for p, b in zip(made.supernet.logits(), before):
         assert p.grad is not None and not torch.equal(p, b)
-    assert not logits & {id(p) for group in made.optimiser.param_groups for p in group["params"]}
+    assert not logits & {id(p) for p in made.learned}
 
 
 def test_exits_pay_for_what_exceeds_the_target_and_cells_move_towards_it(photos, tmp_path):
@@ -251,7 +280,7 @@ def test_what_is_added_to_the_loss_by_hand(photos, tmp_path):
     with torch.no_grad():
         net.gamma += torch.linspace(0, 0.2, len(net.gamma))  # deeper exits weigh more
     made.loss = lambda *args: torch.zeros(())
-    made.descend = lambda what, optimiser, loss: seen.update({what: loss.item()})
+    made.descend = lambda what, loss: seen.update({what: loss.item()})
     weights, cost = made.search_step(progress)
     gamma, costs = weights.gamma.numpy(), net.exit_costs(weights).detach().numpy()
     correction = np.log(net.cost(net.weights(1.0)).item() / cost.item())
@@ -395,10 +424,11 @@ def test_the_first_step_of_the_found_network_takes_the_rate_of_its_step(tmp_path
                                                                         monkeypatch):
     rates, descend = [], search.Run.descend
 
-    def watched(self, what, optimiser, loss):
+    def watched(self, what, loss):
         if what == "weights":
-            rates.append(optimiser.param_groups[0]["lr"])
-        descend(self, what, optimiser, loss)
+            rate, = {optimiser.param_groups[0]["lr"] for optimiser in self.optimisers}
+            rates.append(rate)
+        descend(self, what, loss)
     monkeypatch.setattr(search.Run, "descend", watched)
     out = run(tmp_path / "a", "--data", photos, "--budget", "2G")
     s = json.loads((out / "settings.json").read_text())["settings"]
