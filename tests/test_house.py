@@ -6,7 +6,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 MODULES = [ROOT / f"{name}.py"
            for name in ("sparsestmax", "search_space", "supernet", "search", "evaluate")]
-FILES = [*MODULES, *sorted(ROOT.glob("notebooks/*.py")), *sorted(ROOT.glob("tests/*.py"))]
+NEIGHBOURS = sorted(ROOT.glob("notebooks/neighbours/*.py"))
+FILES = [*MODULES, *sorted(ROOT.glob("notebooks/*.py")), *NEIGHBOURS,
+         *sorted(ROOT.glob("tests/*.py"))]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -19,6 +21,11 @@ def test_no_line_is_longer_than_100_columns(path):
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.name)
 def test_no_module_is_larger_than_48_kB(path):
     assert path.stat().st_size <= 48_000
+
+
+@pytest.mark.parametrize("path", NEIGHBOURS, ids=lambda path: path.name)
+def test_a_neighbour_is_read_in_a_quarter_of_an_hour(path):
+    assert len(path.read_text().splitlines()) <= 300
 
 
 def test_the_readme_is_short():
