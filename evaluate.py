@@ -643,11 +643,12 @@ def run_benchmark(network, run, folders):
         figures[name] = {method: means(each) for method, each in rows.items()}
         gains = [ours[1] - floor[1] for ours, floor in zip(rows["ours"], rows["bicubic"])]
         best = [photos[k] for k in np.argsort(gains)[::-1][:2]]
-        try:  # a folder that may only be read is no reason to lose the figures
+        try:  # a folder that can only be read is no reason to lose the figures
             write_whole(report, json.dumps(figures, indent=1) + "\n")
             save_crops(Path(run) / f"crops_{name}.png", best, network)
-        except OSError as error:
-            print(f"note: the figures are shown here and not saved: {error}", file=sys.stderr)
+        except (OSError, RuntimeError) as error:  # (matplotlib may miss LaTeX)
+            why = (str(error) or type(error).__name__).splitlines()[0]
+            to_stderr(f"note: figures or crops are shown here and not saved: {why}")
         print(table, flush=True)
 
 

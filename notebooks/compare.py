@@ -28,8 +28,8 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where the five modules are
 
-from evaluate import CommandLine, check_folder_of
-from search_space import load_run, write_whole
+from evaluate import CommandLine, check_folder_of, named
+from search_space import load_run, shown, write_whole
 
 LEVELS = {"gamma": "network: exits", "alpha": "cell: operations", "beta": "kernel: widths"}
 
@@ -136,13 +136,18 @@ def draw(groups):
 def main(argv=None):
     parser = CommandLine(prog="compare.py", description="Compare activations over searches.")
     add = parser.add_argument
-    add("runs", metavar="RUN", nargs="+", help="folders written by search.py")
-    add("-o", "--output", metavar="FILE", type=Path, default=Path("comparison.png"),
+    add("runs", type=named, metavar="RUN", nargs="+", help="folders written by search.py")
+    add("-o", "--output", metavar="FILE", type=named, default="comparison.png",
         help="where the figure is written (default: comparison.png)")
     args = parser.parse_args(argv)
+    with shown():
+        report(parser, args.runs, Path(args.output))
+
+
+def report(parser, runs, output):
     try:
-        check_folder_of(args.output)
-        runs, groups = list(map(read_run, args.runs)), {}
+        check_folder_of(output)
+        runs, groups = list(map(read_run, runs)), {}
         for run in runs:
             groups.setdefault(run["activation"], []).append(run)
         sets = comparable(runs)
@@ -153,8 +158,10 @@ def main(argv=None):
         if min(map(len, groups.values())) < 3:
             print("\nFewer than three seeds of an activation: too few to tell a difference from "
                   "chance.")
-        write_whole(args.output, draw(groups).savefig)
-        print(f"\nEntropy and live choices over the search: {args.output}")
+        write_whole(output, draw(groups).savefig)
+        print(f"\nEntropy and live choices over the search: {output}")
+    except BrokenPipeError:
+        raise  # nobody reads on: see `shown`
     except (ValueError, OSError) as error:
         parser.error(error)
 

@@ -23,6 +23,8 @@ import pytest
 import torch
 from PIL import Image
 
+import benchmark
+import chance
 import evaluate
 import search
 from evaluate import dead_leaves, load_photos
@@ -43,7 +45,7 @@ def refused(main, *arguments) -> str:
         sys.stderr = old
     assert stop.value.code == 2, err.getvalue()
     *_, last = err.getvalue().strip().splitlines()
-    assert last.startswith(("search.py: error: ", "evaluate.py: error: "))
+    assert last.startswith(f"{main.__module__}.py: error: ")
     assert "Traceback" not in err.getvalue()
     return last
 
@@ -283,6 +285,32 @@ def test_waiting_for_processes_is_said_and_can_be_stopped(tmp_path, photos, numb
     error = waiting.communicate(timeout=60)[1]
     assert waiting.returncode == 128 + number and error == "interrupted; nothing was begun\n"
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("options, message", [
+    ("", "--benchmark"), ("--benchmark {photos} --seeds 0", "whole number"),
+    ("--benchmark {photos} --workers -1", "whole number"),
+    ("--benchmark {photos} --seeds many", "whole number"),
+    ("--benchmark nowhere", "is not a folder"),
+    ("--benchmark {photos} --data nowhere", "is not a folder"),
+    ("--benchmark {photos} --budget 1", "no network was found"),
+    ("--benchmark {photos} --resume", "--resume"),
+    ("--benchmark {photos} --out nowhere/a.md", "nowhere"),
+    ("--benchmark {photos} --steps 5 --search 9", "must be more than")])
+def test_bad_options_of_the_comparison_with_chance(tmp_path, photos, options, message, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(chance.main, *options.format(photos=photos).split())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options, message", [
+    ("--rounds 0", "whole number"), ("--rounds x", "whole number"), ("--parts tea", "tea"),
+    ("--out nowhere/a.md", "nowhere"), ("--data nowhere", "--data"), ("--resume", "--resume"),
+    ("--budget banana", "budget"), ("--device toaster", "toaster")])
+def test_bad_options_of_the_benchmark_of_speed(tmp_path, options, message, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(benchmark.main, *options.split())
+    assert not list(tmp_path.iterdir())
 
 
 # --- Terminals ------------------------------------------------------------------------------------
