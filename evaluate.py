@@ -375,7 +375,8 @@ def find_photos(folder, scale):
         raise ValueError(f"{folder} holds small copies (LR) alone, not the photographs (HR)")
     if not kept:
         raise ValueError(f"{folder} holds no usable photograph ({' '.join(PHOTOS)})")
-    return kept, [photo for photo in every if photo not in kept], len(files) - len(every)
+    chosen = {photo.path for photo in kept}
+    return kept, [p for p in every if p.path not in chosen], len(files) - len(every)
 
 
 def printable(text):
