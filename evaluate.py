@@ -1,7 +1,7 @@
 """How super-resolution is measured, and how a found network is used.
 
     python evaluate.py RUN --benchmark data/Set5 data/Set14   # a Markdown table for each
-    python evaluate.py RUN --benchmark data                   # the same for every data/*/HR
+    python evaluate.py RUN --benchmark data                   # the same for every set below
     python evaluate.py RUN --upscale photo.jpg -o large.png   # your own picture, of any size
     python evaluate.py RUN --time                             # milliseconds for a 1280x720 output
     python evaluate.py RUN --export network.pt2               # one file, none of our code needed
@@ -39,7 +39,6 @@ import io
 import json
 import math
 import os
-import random
 import re
 import stat
 import sys
@@ -47,6 +46,7 @@ import tempfile
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from fractions import Fraction
 from itertools import permutations
 from pathlib import Path
@@ -319,6 +319,7 @@ class Photo(NamedTuple):
 
 
 def as_photo(path, folder, scale):
+    """What the names on the way from `folder` to a picture file say of it."""
     inside = path.relative_to(folder)
     names, says = zip(*map(version, [*inside.parts[:-1], path.stem]))
     said = next(filter(None, says[::-1]), None)
@@ -339,8 +340,8 @@ def find_photos(folder, scale):
                          "the name of a folder is empty: is a variable unset?")
     folder, files = Path(folder), walk(folder)
     top = folder.resolve()
-    if "small" in (version(top.name)[1], version(top.parent.name)[1] if not version(top.name)[0]
-                   else None):  # LRbicx2; X2 in LR_bicubic
+    own = [top.name] if version(top.name)[0] else [top.name, top.parent.name]  # X2 in LR_bicubic
+    if any(version(name)[1] == "small" for name in own):
         raise ValueError(f"{folder} is by its name a folder of small copies (LR): pass the "
                          "photographs (HR), or call it something else")
     every = [as_photo(path, folder, scale) for path in files if path.suffix.lower() in PHOTOS]
@@ -649,7 +650,7 @@ def run_benchmark(network, run, folders):
             save_crops(Path(run) / f"crops_{name}.png", best, network)
         except (OSError, RuntimeError) as error:  # (matplotlib may miss LaTeX)
             why = (str(error) or type(error).__name__).splitlines()[0]
-            to_stderr(f"note: figures or crops are shown here and not saved: {why}")
+            to_stderr(f"note: figures or crops of {name} are not saved: {why}")
         print(table, flush=True)
 
 
@@ -767,6 +768,19 @@ class CommandLine(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
+    @contextmanager
+    def guard(self, advice=""):
+        """Around the work: what goes wrong there is one line, too. advice: if memory is used up."""
+        with shown():
+            try:
+                yield
+            except BrokenPipeError:
+                raise  # nobody reads on: see `shown`
+            except (ValueError, OSError) as error:
+                self.error(error)
+            except (MemoryError, RuntimeError) as error:
+                self.error(out_of_memory(error) + advice)
+
 
 def named(text):
     """A type for argparse: the name of a file or folder."""
@@ -822,12 +836,7 @@ def main(argv=None):
         parser.error("--upscale PHOTO and -o FILE go together")
     if args.device != "cpu" and args.export is not None:
         parser.error("--device is for --benchmark, --upscale and --time")
-    with shown():
-        act(parser, args)
-
-
-def act(parser, args):
-    try:
+    with parser.guard():
         if os.path.isfile(args.run):
             raise ValueError(f"{args.run} is a file: RUN is the folder that search.py wrote, "
                              f"{os.path.dirname(args.run) or '.'}")
@@ -840,12 +849,6 @@ def act(parser, args):
             run_export(network, Path(args.export))
         else:
             run_upscale(network, args.upscale, args.output)
-    except BrokenPipeError:
-        raise  # nobody reads on: see `shown`
-    except (ValueError, OSError) as error:
-        parser.error(error)
-    except (MemoryError, RuntimeError) as error:
-        parser.error(out_of_memory(error))
 
 
 if __name__ == "__main__":

@@ -362,11 +362,11 @@ class Run:
         def write(name, content):
             write_whole(self.out / name, content)
 
-        def attempt(what, action, *arguments):
-            """The result or, for something that a run can do without, a note why there is none."""
+        def attempt(what, action):
+            """action() or, as a run can do without it, a note why there is no such thing."""
             heed()
             try:
-                return action(*arguments)
+                return action()
             except Exception as error:  # matplotlib may miss a font, LaTeX, its sample photograph
                 why = (str(error) or type(error).__name__).splitlines()[0]
                 print(f"note: no {what}: {why}", file=sys.stderr)

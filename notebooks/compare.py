@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where the five modules are
 
 from evaluate import CommandLine, check_folder_of, named
-from search_space import load_run, shown, write_whole
+from search_space import load_run, write_whole
 
 LEVELS = {"gamma": "network: exits", "alpha": "cell: operations", "beta": "kernel: widths"}
 
@@ -140,14 +140,10 @@ def main(argv=None):
     add("-o", "--output", metavar="FILE", type=named, default="comparison.png",
         help="where the figure is written (default: comparison.png)")
     args = parser.parse_args(argv)
-    with shown():
-        report(parser, args.runs, Path(args.output))
-
-
-def report(parser, runs, output):
-    try:
+    output = Path(args.output)
+    with parser.guard():
         check_folder_of(output)
-        runs, groups = list(map(read_run, runs)), {}
+        runs, groups = list(map(read_run, args.runs)), {}
         for run in runs:
             groups.setdefault(run["activation"], []).append(run)
         sets = comparable(runs)
@@ -160,10 +156,6 @@ def report(parser, runs, output):
                   "chance.")
         write_whole(output, draw(groups).savefig)
         print(f"\nEntropy and live choices over the search: {output}")
-    except BrokenPipeError:
-        raise  # nobody reads on: see `shown`
-    except (ValueError, OSError) as error:
-        parser.error(error)
 
 
 if __name__ == "__main__":

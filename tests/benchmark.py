@@ -23,8 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import search
-from evaluate import (CommandLine, check_folder_of, crop_to, dead_leaves, degrade, out_of_memory,
-                      usable)
+from evaluate import CommandLine, check_folder_of, crop_to, dead_leaves, degrade, usable
 from search_space import OPERATIONS, Network, cells_on, cost_in_words, keep_memory, write_whole
 from sparsestmax import sparsestmax
 from supernet import live_choices
@@ -311,12 +310,8 @@ def main(argv=None):
         parser.error("--resume is for a run of search.py: leave it out, all is measured anew")
     if args.data is not None:
         parser.error("--data is for a run of search.py: leave it out, pictures are generated here")
-    try:
+    with parser.guard("; try a smaller --batch or --patch"):
         report(args)
-    except (ValueError, OSError) as error:
-        parser.error(error)
-    except (MemoryError, RuntimeError) as error:
-        parser.error(f"{out_of_memory(error)}; try a smaller --batch or --patch")
 
 
 def processor() -> str:

@@ -32,7 +32,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import search
 from benchmark import NOWHERE, check_out
-from evaluate import CommandLine, measure, named, out_of_memory, sets_in, super_resolve
+from evaluate import CommandLine, measure, named, sets_in, super_resolve
 from search_space import Architecture, Network, Space, published, widths_of, write_whole
 from supernet import Weights
 
@@ -257,13 +257,8 @@ def main(argv=None):
     if args.device not in (None, "cpu"):
         parser.error(f"--device {args.device}: workers are forks of this process, which CUDA does "
                      "not allow; leave it out, and they run on the CPU")
-    try:
+    with parser.guard("; try fewer --workers, or a smaller --batch or --patch"):
         compare(args)
-    except (ValueError, OSError) as error:
-        parser.error(error)
-    except (MemoryError, RuntimeError) as error:
-        parser.error(f"{out_of_memory(error)}; try fewer --workers, or a smaller --batch or "
-                     "--patch")
 
 
 if __name__ == "__main__":

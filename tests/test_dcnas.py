@@ -7,13 +7,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import common
 import dcnas
-import evaluate
 from dcnas import CELLS, NAMES, Cell, Network, Supernet
 from search_space import OPERATIONS
+from test_neighbours import small_run
 
 
 def make(sizes=(1, 1, 1, 1), **options):
@@ -170,17 +169,8 @@ def run(out, *options):
 @pytest.mark.parametrize("options", [["--scale", "3"], ["--sizes", "1", "2", "2", "1"]],
                          ids=" ".join)
 def test_run(options, tmp_path, capsys, monkeypatch):
-    out, data = tmp_path / "run", tmp_path / "data"
-    data.mkdir()
-    photo = Image.open(evaluate.sample_photo())
-    for i, small in enumerate((data / "1.png", data / "2.png")):
-        photo.crop((200, 80 + 80 * i, 296, 160 + 80 * i)).save(small)
-    monkeypatch.setattr(common, "sample_photo", lambda: small)
-    run(out, "--data", str(data), *options)
-    assert {file.name for file in out.iterdir()} == {
-        "settings.json", "architecture.json", "network.pt", "history.csv", "distributions.npz",
-        "results.json", "results.md"}
-    results = json.loads((out / "results.json").read_text())
+    out = tmp_path / "run"
+    results = small_run(lambda *given: run(out, *given, *options), out, monkeypatch)
     assert results["kept"] is False and math.isfinite(results["lost"])
     assert results["live"] == "2.5 inputs and 4 operations a cell"
     # The network is rebuilt from what is written of it.

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 import common
 import evaluate
 import hinas
 from hinas import NAMES, SPACES, Cell, Network, Supernet
+from test_neighbours import small_run
 
 SPACE = SPACES["enlarge"]
 
@@ -194,17 +194,8 @@ def run(out, *options):
 @pytest.mark.parametrize("options", [["--scale", "3"], ["--task", "denoise", "--sigma", "50"]],
                          ids=SPACES)
 def test_run(options, tmp_path, capsys, monkeypatch):
-    out, data = tmp_path / "run", tmp_path / "data"
-    data.mkdir()
-    photo = Image.open(evaluate.sample_photo())
-    for i, small in enumerate((data / "1.png", data / "2.png")):
-        photo.crop((200, 80 + 80 * i, 296, 160 + 80 * i)).save(small)
-    monkeypatch.setattr(common, "sample_photo", lambda: small)
-    run(out, "--data", str(data), *options)
-    assert {file.name for file in out.iterdir()} == {
-        "settings.json", "architecture.json", "network.pt", "history.csv", "distributions.npz",
-        "results.json", "results.md"}
-    results = json.loads((out / "results.json").read_text())
+    out = tmp_path / "run"
+    results = small_run(lambda *given: run(out, *given, *options), out, monkeypatch)
     assert results["kept"] is False and results["live"] == "7 operations an edge"
     assert math.isfinite(results["lost"])
     # The network is rebuilt from what is written of it.

@@ -11,8 +11,23 @@ from torch import nn
 import common
 import dlsr
 import netadapt
-from evaluate import dead_leaves
+from evaluate import dead_leaves, sample_photo
 from search_space import Network, Space
+
+
+def small_run(run, out, monkeypatch) -> dict:
+    """run("--data", DIR) on two small photographs, measured on one of them. -> results.json"""
+    data = out.parent / "data"
+    data.mkdir()
+    photo = Image.open(sample_photo())
+    for i, small in enumerate((data / "1.png", data / "2.png")):
+        photo.crop((200, 80 + 80 * i, 296, 160 + 80 * i)).save(small)
+    monkeypatch.setattr(common, "sample_photo", lambda: small)
+    run("--data", str(data))
+    assert {file.name for file in out.iterdir()} == {
+        "settings.json", "architecture.json", "network.pt", "history.csv", "distributions.npz",
+        "results.json", "results.md"}
+    return json.loads((out / "results.json").read_text())
 
 
 @pytest.mark.parametrize("scale", [2, 4])  # 1280 is no multiple of 3

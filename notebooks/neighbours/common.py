@@ -29,10 +29,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where the five modules are
 
-from evaluate import (CommandLine, means, measure, named, open_photo, out_of_memory, psnr, resize,
+from evaluate import (CommandLine, means, measure, named, open_photo, psnr, resize,
                       sample_photo, sets_in, ssim)
 from search import Patches, describe, load_data, positive, rate, whole
-from search_space import alone_in, on_signals, save_tensors, shown, stop, write_whole
+from search_space import alone_in, on_signals, save_tensors, stop, write_whole
 
 
 # --- Counting ----------------------------------------------------------------------------------
@@ -259,8 +259,8 @@ def main(parser: CommandLine, whole_run, argv=None):
     args.out = Path(args.out)
     if getattr(args, "network", None):  # a published one, only trained
         args.search = 0
-    with shown(), on_signals(stop):
-        try:
+    try:
+        with on_signals(stop), parser.guard():
             if args.search >= args.steps:
                 raise ValueError(f"--steps {args.steps} must be more than --search {args.search}, "
                                  "its first part")
@@ -270,11 +270,5 @@ def main(parser: CommandLine, whole_run, argv=None):
                 sets_of(args)  # what is missing ends here, before the long work
                 torch.manual_seed(args.seed)
                 whole_run(args)
-        except KeyboardInterrupt as stopped:
-            parser.exit(128 + stopped.args[0], "interrupted; nothing can be resumed\n")
-        except BrokenPipeError:
-            raise  # nobody reads on
-        except (ValueError, OSError) as error:
-            parser.error(error)
-        except (MemoryError, RuntimeError) as error:
-            parser.error(out_of_memory(error))
+    except KeyboardInterrupt as stopped:
+        parser.exit(128 + stopped.args[0], "interrupted; nothing can be resumed\n")

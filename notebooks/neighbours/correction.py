@@ -67,8 +67,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import sets_of
-from evaluate import (CommandLine, check_folder_of, crop_to, cubic, named, out_of_memory, psnr,
-                      read_photo, score, super_resolve)
+from evaluate import (CommandLine, check_folder_of, crop_to, cubic, named, psnr, read_photo, score,
+                      super_resolve)
 from search import checked
 from search_space import load_run, write_whole
 
@@ -223,19 +223,16 @@ def main(argv=None):
     if args.upscale and args.benchmark:
         parser.error("--upscale and --benchmark are two tasks: do one after the other")
     try:
-        network = load_run(args.run)
-        args.scale, (kernel, std) = network.architecture.scale, args.kernel
-        s = gaussian(std, args.scale)
-        if args.upscale:
-            run_upscale(network, args.upscale, args.output, s, args.epsilon)
-        else:
-            run_benchmark(network, sets_of(args), kernel, s, args.epsilon)
+        with parser.guard():
+            network = load_run(args.run)
+            args.scale, (kernel, std) = network.architecture.scale, args.kernel
+            s = gaussian(std, args.scale)
+            if args.upscale:
+                run_upscale(network, args.upscale, args.output, s, args.epsilon)
+            else:
+                run_benchmark(network, sets_of(args), kernel, s, args.epsilon)
     except KeyboardInterrupt:
         parser.exit(130, "interrupted\n")
-    except (ValueError, OSError) as error:
-        parser.error(error)
-    except (MemoryError, RuntimeError) as error:
-        parser.error(out_of_memory(error))
 
 
 if __name__ == "__main__":

@@ -221,7 +221,7 @@ def descend(space: Space, score, most: float, rng: random.Random):
         raise ValueError(f"without any layer there are {cost_in_words(least, 'multiply-adds')} "
                          f"left: --budget {most / 1e9:.4g}G is too little")
     yield current, score(current)
-    first = reduction = LAYERS * FIRST * space.multiply_adds(current)
+    reduction = LAYERS * FIRST * space.multiply_adds(current)
     while (cost := space.multiply_adds(current)) > most:
         # 1. How cheap the next network must be. (Not cheaper than was asked for.)
         target = max(cost - reduction, most)
