@@ -5,6 +5,7 @@
     python evaluate.py RUN --upscale photo.jpg -o large.png   # your own picture, of any size
     python evaluate.py RUN --time                             # milliseconds for a 1280x720 output
     python evaluate.py RUN --export network.pt2               # one file, none of our code needed
+    python evaluate.py RUN --export network.onnx              # the same for onnxruntime and others
 
 RUN is a folder that search.py has written; all of this runs on a laptop's CPU. --benchmark also
 leaves benchmark.json and crops_Set5.png, ... in RUN.
@@ -37,6 +38,7 @@ B100    29.56   27.21   25.96
 import argparse
 import io
 import json
+import logging
 import math
 import os
 import re
@@ -732,35 +734,70 @@ def run_time(network, device):
 
 
 def run_export(network, path):
-    """Write the network as a graph of torch's own operations, and check the file against it.
+    """Write the network as one file, of torch (.pt2) or ONNX, and check the file against it.
 
-    The graph takes float (B, 3, h, w) in [0, 1], with any B, h and w, and gives
+    It takes float RGB (B, 3, h, w) in [0, 1], with any B, h and w, and gives
     (B, 3, scale h, scale w), not clipped. To enlarge uint8 RGB `pixels` (h, w, 3) with it:
 
-        network = torch.export.load("x2.pt2").module()
-        large = network(torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255)
-        large = (large[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0)  # (s h, s w, 3)
+        x = np.float32(pixels).transpose(2, 0, 1)[None] / 255
+        y = torch.export.load("x2.pt2").module()(torch.from_numpy(x)).numpy()        # either
+        y, = onnxruntime.InferenceSession("x2.onnx").run(None, {"lr": x})            # or
+        large = (y[0].clip(0, 1) * 255 + 0.5).astype(np.uint8).transpose(1, 2, 0)    # (s h, s w, 3)
     """
-    if path.suffix != ".pt2":
-        raise ValueError(f"{path} must end in .pt2, torch.export's own format")
+    if path.suffix not in EXPORTS:
+        raise ValueError(f"{path} must end in .pt2 (torch.export's own format) or .onnx")
     check_folder_of(path)
-    example, free = torch.rand(2, 3, 24, 32), torch.export.Dim.AUTO
-    program = torch.export.export(network, (example,),
-                                  dynamic_shapes=({0: free, 2: free, 3: free},))
-    buffer, largest = io.BytesIO(), 0.0  # by way of memory, as in `save_tensors`
-    torch.export.save(program, buffer)
-    buffer.seek(0)
-    again = torch.export.load(buffer).module()
+    content, again = EXPORTS[path.suffix](network, torch.rand(2, 3, 24, 32))
+    difference = 0.0
     with torch.inference_mode():
         for shape in (1, 3, 17, 40), (3, 3, 64, 31):  # sizes that the export never saw
             image = torch.rand(shape)
-            largest = max(largest, (again(image) - network(image)).abs().max().item())
-    if largest > 1e-5:
-        raise ValueError("what torch.export made computes something else than the network "
-                         f"(largest difference {largest:.1e}): {path} is not written")
-    write_whole(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
-    print(f"{path}: {path.stat().st_size / 1e3:.0f} kB; loaded again, largest difference "
-          f"{largest:.1e}")
+            if again:
+                difference = max(difference, (again(image) - network(image)).abs().max().item())
+    if difference > 1e-4:
+        raise ValueError("what was exported computes something else than the network "
+                         f"(largest difference {difference:.1e}): {path} is not written")
+    write_whole(path, lambda temporary: temporary.write_bytes(content))
+    print(f"{path}: {len(content) / 1e3:.0f} kB; " + (
+        f"loaded again, largest difference {difference:.1e}" if again else
+        "not compared with the network, as onnxruntime is not installed"))
+
+
+def as_pt2(network, example):
+    """(the file's bytes, what it computes as a function)"""
+    free, buffer = torch.export.Dim.AUTO, io.BytesIO()  # by way of memory, as in `save_tensors`
+    torch.export.save(torch.export.export(network, (example,), dynamic_shapes=(
+        {0: free, 2: free, 3: free},)), buffer)
+    return buffer.getvalue(), torch.export.load(io.BytesIO(buffer.getvalue())).module()
+
+
+def as_onnx(network, example):
+    """The same; the function is None where there is no onnxruntime."""
+    try:
+        import onnx
+        import onnxscript  # noqa: F401  (torch's exporter wants it)
+    except ImportError:
+        raise ValueError("a .onnx needs two more packages: pip install onnx onnxscript") from None
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision, we do not
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(network, (example,), dynamo=True, verbose=False,
+                                    input_names=["lr"], output_names=["sr"],
+                                    dynamic_shapes=({0: "batch", 2: "height", 3: "width"},))
+    model = program.model_proto
+    onnx.helper.set_model_props(model, dict(
+        scale=str(network.architecture.scale), input="RGB, planes first, uint8 / 255: 0 to 1",
+        output="the same, not clipped: clip to 0..1, times 255, round, to uint8"))
+    content = model.SerializeToString()
+    try:
+        from onnxruntime import InferenceSession
+    except ImportError:
+        return content, None
+    session = InferenceSession(content, providers=["CPUExecutionProvider"])
+    return content, lambda x: torch.from_numpy(session.run(None, {"lr": x.numpy()})[0])
+
+
+EXPORTS = {".pt2": as_pt2, ".onnx": as_onnx}
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -829,8 +866,8 @@ def main(argv=None):
          help="sets: pictures in DIR, DIR/HR (or GT, ...) or DIR/*/HR")
     task("--upscale", type=named, metavar="PHOTO", help="picture to enlarge")
     task("--time", action="store_true", help="time the network for a 1280x720 output")
-    task("--export", type=named, metavar="FILE.pt2",
-         help="write it with torch.export, for any size")
+    task("--export", type=named, metavar="FILE",
+         help="write it for any picture size, with torch.export (.pt2) or as .onnx")
     args = parser.parse_args(argv)
     if (args.upscale is None) != (args.output is None):
         parser.error("--upscale PHOTO and -o FILE go together")

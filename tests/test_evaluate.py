@@ -331,8 +331,42 @@ def test_a_network_is_timed_and_exported(run, tmp_path, capsys):
     image = torch.rand(2, 3, 13, 50)
     with torch.no_grad():
         torch.testing.assert_close(program(image), network(image), rtol=0, atol=1e-5)
-    for arguments in (["--export", str(tmp_path / "a.onnx")],
+    for arguments in (["--export", str(tmp_path / "a.tflite")],
                       ["--export", str(tmp_path / "none/a.pt2")]):
         with pytest.raises(SystemExit) as stop:
             evaluate.main([str(run), *arguments])
         assert stop.value.code == 2 and capsys.readouterr().err.startswith("evaluate.py: error: ")
+
+
+def without(*packages):
+    """A program in which these cannot be imported, before it runs evaluate.py."""
+    return ("import sys; sys.modules.update(dict.fromkeys(" + repr(packages) + ")); "
+            "import evaluate; evaluate.main(sys.argv[1:])")
+
+
+def test_onnx_names_the_packages_that_it_misses(run, tmp_path):
+    done = subprocess.run([sys.executable, "-c", without("onnx", "onnxscript"), run, "--export",
+                           tmp_path / "a.onnx"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and not any(tmp_path.iterdir())
+    assert done.stderr.splitlines() == ["evaluate.py: error: a .onnx needs two more packages: "
+                                        "pip install onnx onnxscript"]
+
+
+@pytest.mark.parametrize("scale", (2, 3, 4))
+@pytest.mark.parametrize("output", ("skip", "tanh"))
+def test_onnx_computes_the_same(scale, output, tmp_path, capsys):
+    """In onnxruntime, at sizes the export never saw; and it says how to feed it."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    space = Space(scale, 16, 2, 2, output=output)
+    network = Network(space.random(random.Random(scale))).eval()
+    torch.nn.init.normal_(network.tail.conv.weight, std=0.1)  # near zero it would hide differences
+    evaluate.run_export(network, tmp_path / "a.onnx")
+    assert "loaded again, largest difference" in capsys.readouterr().out
+    session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
+    image = torch.rand(2, 3, 13, 50)
+    with torch.no_grad():
+        expected = network(image).numpy()
+    np.testing.assert_allclose(session.run(None, {"lr": image.numpy()})[0], expected, atol=1e-4)
+    meta = session.get_modelmeta().custom_metadata_map
+    assert meta["scale"] == str(scale) and "uint8" in meta["input"] and "clip" in meta["output"]
