@@ -1,0 +1,174 @@
+"""A table of trained networks: what a search could have found, looked up instead of trained.
+
+    python tests/networks.py --data DIR --benchmark SETS       # goes on where it was stopped
+    python tests/networks.py --data DIR --benchmark SETS --networks 12 --steps 100 --out try.csv
+
+240 networks of the lesson's space at x2, each trained alone by one recipe (search.py's, after the
+hand-over): 120 drawn from the whole space (`chance`), 60 within 5 % of 12G (`budget`), and 60 that
+differ in one choice from one of three searches' results (`near`, and `found` themselves, with
+--budget 12G and the seeds 0, 1, 2). The first 20 are trained with three seeds, so that the noise is
+known. After every network the table is written anew, whole.
+
+    group, number           why it is here; networks of one number are one architecture
+    path, operations, widths, channels             as in architecture.json; cells apart by "/"
+    parameters, multiply_adds, milliseconds        for a 1280x720 output; timed on one thread, while
+                                                   the other workers go on training
+    seed, Set5_psnr, Set5_ssim, ...                PSNR-Y in dB and SSIM
+
+Workers are processes with one thread each.
+"""
+import argparse
+import csv
+import io
+import itertools
+import multiprocessing
+import random
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import search
+from benchmark import NOWHERE
+from chance import CACHE, advance, start, task
+from evaluate import CommandLine, means, measure, named, sets_in, super_resolve
+from search_space import (OPERATIONS, Architecture, Space, features, milliseconds,
+                          write_whole)
+
+BUDGET, WITHIN, AGAIN = 12e9, 0.05, 20
+TABLE = Path(__file__).parent.parent / "notebooks" / "results" / "bench-x2.csv"
+
+
+def near(a: Architecture, space: Space, rng: random.Random) -> Architecture:
+    """One choice changed: an operation, a width, or the path by a letter at its end."""
+    level = rng.choice(("path", "operation", "width"))
+    if level == "path":  # shorter, or longer by a random cell or an upsampling
+        other = space.random(rng)
+        path = rng.choice([n for n in space.nodes if n[:-1] == a.path or n == a.path[:-1]])
+        cells = path.count("c")
+        return space.architecture(path, (a.operations + other.operations[:1])[:cells],
+                                  (a.widths + other.widths[:1])[:cells])
+    rows = [list(row) for row in (a.operations if level == "operation" else a.widths)]
+    row = rng.choice(rows)
+    place = rng.randrange(len(row))
+    candidates = OPERATIONS if level == "operation" else space.widths
+    row[place] = rng.choice([c for c in candidates if c != row[place]])
+    rows = tuple(map(tuple, rows))
+    return replace(a, operations=rows) if level == "operation" else replace(a, widths=rows)
+
+
+def draw(space: Space, found: list[Architecture], count: int) -> list[tuple[str, Architecture]]:
+    """`count` different networks beside the found ones, the groups mixed: any beginning serves."""
+    rng, taken = random.Random(0), dict.fromkeys(found)
+    networks = [("found", a) for a in taken]
+    for group in itertools.islice(itertools.cycle(("chance", "budget", "chance", "near")), count):
+        for _ in range(1_000_000):
+            a = near(rng.choice(found), space, rng) if group == "near" else space.random(rng)
+            fits = group != "budget" or abs(a.multiply_adds() / BUDGET - 1) < WITHIN
+            if fits and a not in taken:
+                break
+        else:
+            raise ValueError(f"the space holds too few networks for --networks {count}")
+        taken[a] = None
+        networks.append((group, a))
+    return networks
+
+
+def find(settings, seed) -> Architecture:
+    """What a search with this seed finds."""
+    run = start(settings, seed)
+    advance(run, settings.search)
+    run.hand_over()
+    return run.network.architecture
+
+
+def row_of(settings, key, a: Architecture) -> dict:
+    """Train `a` alone, measure it: a row of the table."""
+    group, number, seed = key
+    run = start(settings, seed, a)
+    advance(run)
+    network = run.network.eval()
+    row = dict(group=group, number=number, path=a.path,
+               operations=" / ".join(map(" ".join, a.operations)),
+               widths=" / ".join(" ".join(map(str, w)) for w in a.widths), channels=a.channels,
+               parameters=a.parameters(), multiply_adds=a.multiply_adds(),
+               milliseconds=round(milliseconds(network, features(3, 1, a.scale, "cpu")), 1),
+               seed=seed)
+    for name, photos in CACHE["sets"].items():
+        mean = means(measure(lambda lr: super_resolve(network, lr), photos, a.scale))
+        row |= {f"{name}_psnr": round(mean["psnr"], 4), f"{name}_ssim": round(mean["ssim"], 5)}
+    return row
+
+
+def architecture(row: dict) -> Architecture:
+    """The network of a row of the table, as csv.DictReader gives it."""
+    return Space(2, int(row["channels"])).architecture(
+        row["path"], [cell.split() for cell in row["operations"].split("/")],
+        [[int(w) for w in cell.split()] for cell in row["widths"].split("/")])
+
+
+def read(path: Path) -> list[dict]:
+    if not path.exists():
+        return []
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write(path: Path, rows: list[dict]):
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    table.writeheader()
+    table.writerows(sorted(rows, key=lambda row: (int(row["number"]), int(row["seed"]))))
+    write_whole(path, text.getvalue())
+
+
+def build(args):
+    settings, _ = search.settings_of(search.arguments().parse_args([
+        "--scale", "2", "--preset", "lesson", "--device", "cpu", "--bfloat16", "--budget", "12G",
+        "--data", args.data, "--steps", str(args.steps), "--out", str(NOWHERE),
+        "--search", str(args.search)]))
+    CACHE["sets"] = sets_in(args.benchmark, settings.scale)
+    torch.set_num_threads(1)
+    CACHE["costs"] = search.Run(settings, NOWHERE).costs
+    CACHE["data"] = search.load_data(settings)
+    space, rows = Space(2, settings.channels, settings.cells, settings.positions), read(args.out)
+    with multiprocessing.get_context("fork").Pool(args.workers) as pool:  # who share photographs
+        # 1. The searches' results: from the table, where it holds them.
+        found = [architecture(row) for row in rows if (row["group"], row["seed"]) == ("found", "0")]
+        if len(found) < 3:
+            searches = argparse.Namespace(**vars(settings) | dict(steps=max(args.steps, 8000)))
+            found = pool.map(task, [(find, searches, seed) for seed in range(3)])
+        # 2. All networks, without what is there already.
+        networks = draw(space, list(dict.fromkeys(found)), args.networks)
+        keys = [(group, number, seed) for number, (group, _) in enumerate(networks)
+                for seed in (range(3) if number < AGAIN else range(1))]
+        done = {(int(row["number"]), int(row["seed"])) for row in rows}
+        jobs = [(row_of, settings, key, networks[key[1]][1]) for key in keys
+                if key[1:] not in done]
+        for row in tqdm(pool.imap_unordered(task, jobs), "networks", len(jobs)):
+            rows.append(row)
+            write(args.out, rows)
+
+
+def main(argv=None):
+    parser = CommandLine(prog="networks.py", description=__doc__.split("\n")[0],
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--data", type=named, required=True, metavar="DIR", help="photographs to train on")
+    add("--benchmark", type=named, nargs="+", required=True, metavar="DIR",
+        help="sets to measure on")
+    add("--networks", type=search.positive, default=240, help="how many, beside the found ones")
+    add("--steps", type=search.positive, default=3000, help="of each network's training")
+    add("--search", type=search.positive, default=300, help="steps of the three searches")
+    add("--workers", type=search.positive, default=torch.get_num_threads(), help="processes")
+    add("--out", type=Path, default=TABLE, metavar="FILE.csv", help="the table")
+    args = parser.parse_args(argv)
+    with parser.guard("; try fewer --workers"):
+        build(args)
+
+
+if __name__ == "__main__":
+    main()
