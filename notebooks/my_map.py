@@ -17,6 +17,18 @@ In task 3, what it does not claim is not checked (but "one-hot at progress 1" is
 import torch
 
 
+def straight_line(logits, progress=0.0):
+    """Task 0: on the straight line from softmax's weights to the corner of the largest logit.
+
+    At progress 0 it is at softmax's weights, at 1 in the corner, at .25 a quarter of the way. Where
+    several logits are largest, the corner is that of the first of them.
+    """
+    raise NotImplementedError("task 0, straight_line")
+
+
+straight_line.promises = {"deterministic", "exact gradient", "one-hot at progress 1"}
+
+
 def annealed_softmax(logits, progress=0.0):
     """Task 1: the weights that maximise <p, logits> + T entropy(p), where T = 0.01 ** progress."""
     raise NotImplementedError("task 1, annealed_softmax")

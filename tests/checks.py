@@ -139,6 +139,8 @@ def sound(z, progress, p, tolerance):
         other = [d for d in range(z.dim() - 1) if ((p.sum(d) - 1).abs() <= tolerance).all()]
         if other:
             expected += f" along dim=-1, the candidates (yours sums to 1 along dim={other[0]})"
+        elif weights.sum() > 1.1 and (logits == logits.max()).sum() > 1:
+            expected += ": where several logits are largest, only the first of them is the largest"
         elif logits.abs().max() > 50:
             expected += ": subtract the row's largest logit first, as only differences count"
         elif not weights.isfinite().all():

@@ -4,6 +4,7 @@ And the assignment's tasks.
 """
 import ast
 import importlib.util
+import os
 import re
 from pathlib import Path
 
@@ -154,6 +155,8 @@ SLIGHTLY = r"sums to (1|1\.0+\d+|0\.99\d+) \(\S+ (above|below) 1\)"  # and by ho
     (GRADIENT, broken(lambda z, progress: by_halving(z), "exact gradient")),  # its tau is detached
     (GRADIENT, broken(half_detached, "exact gradient")),
     ("all zero", broken(lambda z, progress: z.detach().softmax(-1) + 0 * z)),
+    # A tie counted more than once.
+    ("only the first of them", broken(lambda z, progress: (z == z.amax(-1, True)).to(z.dtype))),
     # Changes in place.
     ("your map changed its input", broken(changes_its_input)),
     ("your map changed its input", broken(changes_its_input_unseen)),
@@ -287,7 +290,7 @@ def test_nobody_else_turns_logits_into_weights(module):
     assert sites == (module == "supernet")
 
 
-# --- The assignment: `pytest -m task1`, task2, task3. Not part of the plain `pytest`. -------------
+# --- The assignment: `pytest -m task1`, or 0, 2, 3. Not part of the plain `pytest`. --------------
 
 def load(path):
     """The module in that file, with the promises that are graded.
@@ -300,6 +303,8 @@ def load(path):
     for name in "annealed_softmax", "entmax15":
         if hasattr(module, name):  # a file may hold one task only
             getattr(module, name).promises = {"deterministic", "exact gradient"}
+    if hasattr(module, "straight_line"):
+        module.straight_line.promises = {"deterministic", "exact gradient", "one-hot at progress 1"}
     if hasattr(module, "my_map"):
         own = getattr(module.my_map, "promises", ())  # more, if it likes
         module.my_map.promises = {*own, "one-hot at progress 1"}
@@ -308,23 +313,26 @@ def load(path):
 
 @pytest.fixture
 def mine():
-    """Your file.
+    """Your file, or the one that TRILEVEL_MY_MAP names: grade.py's way to hand one in.
 
     It is read when a task is graded and not before, so that a mistake in it breaks no other test.
     """
-    return load(ROOT / "notebooks/my_map.py")
+    try:
+        return load(os.environ.get("TRILEVEL_MY_MAP", ROOT / "notebooks/my_map.py"))
+    except (Exception, SystemExit) as error:  # it is somebody's code: anything may happen
+        pytest.fail(f"my_map.py does not run: {type(error).__name__}: {error}")
 
 
 def test_a_map_that_promises_nothing_is_still_graded(tmp_path):
     text = "def NAME(logits, progress):\n    return logits.softmax(-1)\nNAME.promises = set()\n"
-    names = "annealed_softmax", "entmax15", "my_map"
+    names = "straight_line", "annealed_softmax", "entmax15", "my_map"
     (tmp_path / "my_map.py").write_text("".join(text.replace("NAME", name) for name in names))
     softmax = load(tmp_path / "my_map.py")
     assert "exact gradient" in checks.laws_of(softmax.annealed_softmax)
     assert "exact gradient" in checks.laws_of(softmax.entmax15)
-    with pytest.raises(checks.Failed, match="at progress 1"):
-        one_hot = checks.laws_of(softmax.my_map)["one-hot at progress 1"]
-        one_hot(softmax.my_map)
+    for f in softmax.straight_line, softmax.my_map:
+        with pytest.raises(checks.Failed, match="at progress 1"):
+            checks.laws_of(f)["one-hot at progress 1"](f)
 
 
 def test_a_file_may_hold_one_task_only(tmp_path):
@@ -337,13 +345,19 @@ def test_a_file_may_hold_one_task_only(tmp_path):
 
 @checks.in_words
 def no_copy(f):
-    """Task 3 asks for a map of your own, which sparsestmax.py does not hold."""
+    """Task 3 asks for a map of your own: none of sparsestmax.py, and not that of task 0 again."""
     for name, other in ACTIVATIONS.items():
         f_seeded, other = checks.seeded(f), checks.seeded(other)
         if all(torch.allclose(f_seeded(z, progress), other(z, progress), atol=1e-6)
                for z, progress in checks.cases()):
-            raise checks.Failed("a map of your own", "all cases", "any",
+            raise checks.Failed(f"a map of your own, not {name} again", "all cases", "any",
                                 f"the weights of {name}", "others")
+    try:
+        straight(f)
+    except checks.Failed:
+        return
+    raise checks.Failed("a map of your own, not that of task 0 again", "all cases", "any",
+                        "the weights of task 0", "others")
 
 
 def test_a_copy_is_found():
@@ -352,6 +366,17 @@ def test_a_copy_is_found():
     no_copy(lambda z, progress: (2 * z).softmax(-1))
 
 
+def test_the_map_of_task_0_is_no_map_of_ones_own(monkeypatch):
+    monkeypatch.setitem(globals(), "straight", lambda f: None)  # as if it were that one
+    with pytest.raises(checks.Failed, match="the weights of task 0"):
+        no_copy(lambda z, progress: (2 * z).softmax(-1))
+
+
+# p is softmax's weights, exp(z_k - tau), but for the part that has gone to the corner
+straight = checks.against(lambda z, tau, progress:
+                          (1 - progress) * (z - tau).clamp(max=50).exp()
+                          + progress * (torch.arange(len(z)) == z.argmax()),
+                          "progress of the way from softmax to the largest logit's corner")
 # p maximises <p, z> + T H(p): its slope vanishes where p_k = exp((z_k - tau) / T)
 annealed = checks.against(lambda z, tau, progress:
                           ((z - tau) / 0.01 ** progress).clamp(max=50).exp(),
@@ -373,6 +398,14 @@ def test_a_specification_sees_ties_and_large_logits():
                                                      right(z, progress)))
 
 
+@pytest.mark.task0
+@pytest.mark.parametrize("law", [*checks.LAWS, *checks.OF_THE_DETERMINISTIC, "exact gradient",
+                                 "one-hot at progress 1", "specification"])
+def test_task0(mine, law):
+    laws = checks.laws_of(mine.straight_line) | {"specification": straight}
+    checks.hold(mine.straight_line, law, laws[law])
+
+
 @pytest.mark.task1
 @pytest.mark.parametrize("law", [*checks.LAWS, *checks.OF_THE_DETERMINISTIC, "exact gradient",
                                  "specification"])
@@ -383,8 +416,10 @@ def test_task1(mine, law):
 
 @pytest.mark.task2
 def test_task2_one_row(mine):
+    one_row = mine.entmax15_row
+
     def rows(z, progress):
-        each = [mine.entmax15_row(row) for row in z.reshape(-1, z.shape[-1])]
+        each = [one_row(row) for row in z.reshape(-1, z.shape[-1])]
         return torch.stack(each).reshape(z.shape)
     tsallis(rows)
 
