@@ -1,7 +1,10 @@
-"""tests/networks.py: which networks are in the table, and that a row spells its network."""
+"""tests/networks.py and tests/field.py: which networks are trained, and what the tables say."""
 import random
 
+import common
+import field
 import networks
+import torch
 from search_space import Space
 
 SPACE = Space(2, 24, 3, 3)
@@ -35,3 +38,28 @@ def test_a_row_spells_its_network(tmp_path):
             for n, a in enumerate(FOUND)]
     networks.write(tmp_path / "t.csv", rows[::-1])
     assert [networks.architecture(row) for row in networks.read(tmp_path / "t.csv")] == FOUND
+
+
+def test_the_rivals_enlarge_and_cost_what_is_known():
+    torch.manual_seed(0)
+    for scale in 2, 3:
+        found = Space(scale, 24, 3, 3).architecture("c", [["residual"] * 3], [[24, 24]])
+        for make in field.rivals(found).values():
+            network, x = make(), torch.rand(2, 3, 24, 20)
+            assert network(x).shape == (2, 3, 24 * scale, 20 * scale)
+            inner = [*network.body.parameters()]
+            assert 0 < len(inner) < len([*network.parameters()])
+    # SESR at x2 by hand: 5x5 from 3 to 16, m 3x3, 5x5 to 12, and PReLU's numbers.
+    for m in 5, 11:
+        weights = 25 * 3 * 16 + m * 9 * 16 * 16 + 25 * 16 * 12
+        parameters, macs = common.count(field.Sesr(2, m), 2)
+        assert macs == weights * 640 * 360
+        assert parameters == weights + (m + 1) * (16 + 16) + 12
+
+
+def test_the_table_takes_the_better_of_two_shapes():
+    rows = [dict(name="a", batch=b, patch=p, seed=s, parameters=1000, multiply_adds=2e9,
+                 milliseconds=5, Set5_psnr=q) for b, p, s, q in
+            ((16, 24, 0, 30.0), (16, 24, 1, 30.2), (4, 48, 0, 31.0), (4, 48, 1, 31.2))]
+    assert field.table_of(rows, ["Set5"]).splitlines()[2] == (
+        "| a | 4 of 48x48 | 1,000 | 2.00 G | 5 | 31.10 ± 0.14 |")

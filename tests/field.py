@@ -1,0 +1,194 @@
+"""The found network among the field's, all trained alike: is it better, or only trained less?
+
+    python tests/field.py RUN --data DIR --benchmark SETS --out field.csv     # goes on where it was
+    python tests/field.py RUN --data DIR --benchmark SETS --seeds 1 --steps 100 --out try.csv
+
+RUN is a folder of search.py. Its network is trained afresh, beside
+
+    DLSR tiny, and DLSR with fewer channels, as near to the found one's multiply-adds as can be
+    FSRCNN (arXiv 1608.00367), its 1 plane made 3: it enlarges RGB here, and all others do
+    SESR-M5 and M11 (arXiv 2103.09404), in RGB, in the shape that they have after training
+    residual blocks as one would stack them by hand, of the found network's multiply-adds
+
+with the same photographs, steps, pixels in a step, and recipe (search.py's after the hand-over:
+Muon for the kernels between the first and the last convolution, Adam for the rest), each with 16
+patches of 24x24 and with 4 of 48x48: attention pools over a patch, and may want the larger. The
+table, of the better of both by the mean on the first set, is printed and written beside FILE.csv as
+FILE.md. Workers are processes with one thread each.
+"""
+import argparse
+import copy
+import itertools
+import multiprocessing
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "notebooks" / "neighbours")]
+import common
+import dlsr
+import search
+from benchmark import NOWHERE
+from chance import CACHE, advance, by_hand, start, task
+from evaluate import CommandLine, means, measure, named, sets_in
+from networks import read, write
+from search_space import Network, Space, features, load_run, milliseconds, write_whole
+
+SHAPES = (16, 24), (4, 48)  # patches, and pixels of their side
+
+
+# --- The rivals --------------------------------------------------------------------------------
+# Each has a head, a body and a tail, as `search.Run.become` wants it.
+
+class Fsrcnn(nn.Module):
+    """5x5 to d channels, 1x1 to s, m convolutions, 1x1 to d, and a 9x9 transposed one to SR."""
+    def __init__(self, scale, d=56, s=12, m=4):
+        super().__init__()
+        self.head = nn.Sequential(nn.Conv2d(3, d, 5, padding=2), nn.PReLU(d))
+        shapes = [(d, s, 1), *[(s, s, 3)] * m, (s, d, 1)]
+        self.body = nn.Sequential(*itertools.chain.from_iterable(
+            (nn.Conv2d(c, n, k, padding=k // 2), nn.PReLU(n)) for c, n, k in shapes))
+        self.tail = nn.ConvTranspose2d(d, 3, 9, scale, 4, output_padding=scale - 1)
+
+    def forward(self, x):  # (B, 3, h, w) -> (B, 3, scale h, scale w)
+        return self.tail(self.body(self.head(x)))
+
+
+class Sesr(nn.Module):
+    """5x5, m 3x3 with a short skip each, a long skip, 5x5, PixelShuffle.
+
+    The picture, each pixel repeated, is added before the shuffle. (Its training with wide linear
+    blocks, which are folded to these convolutions, is a recipe of its own, and not taken over.)
+    """
+    def __init__(self, scale, m, f=16):
+        super().__init__()
+        self.scale, self.head = scale, nn.Sequential(nn.Conv2d(3, f, 5, padding=2), nn.PReLU(f))
+        self.body = nn.ModuleList(nn.Conv2d(f, f, 3, padding=1) for _ in range(m))
+        self.act = nn.ModuleList(nn.PReLU(f) for _ in range(m))
+        self.tail = nn.Conv2d(f, 3 * scale ** 2, 5, padding=2)
+
+    def forward(self, x):  # (B, 3, h, w) -> (B, 3, scale h, scale w)
+        y = first = self.head(x)  # (B, f, h, w)
+        for conv, act in zip(self.body, self.act):
+            y = act(conv(y) + y)
+        y = self.tail(y + first) + x.repeat_interleave(self.scale ** 2, 1)
+        return F.pixel_shuffle(y, self.scale)
+
+
+def with_body(network: dlsr.Network) -> nn.Module:
+    network.body = nn.ModuleList(module for name, module in network.named_children()
+                                 if name not in ("head", "tail"))
+    return network
+
+
+def rivals(found) -> dict:
+    """{name: a function that builds the network afresh}"""
+    scale, cost = found.scale, found.multiply_adds()
+    space = Space(scale, found.channels, 5, 5)
+    sizes = [dlsr.PUBLISHED["sep3-sep5-sep5"]._replace(channels=n) for n in range(8, 50, 2)]
+    scaled = min(sizes, key=lambda a: abs(dlsr.multiply_adds(a, scale) - cost))
+    return {"found": lambda: Network(found),
+            "residual blocks": lambda: Network(by_hand(space, cost)),
+            "DLSR tiny": lambda: with_body(dlsr.Network(dlsr.PUBLISHED["tiny"], scale)),
+            f"DLSR, {scaled.channels} channels": lambda: with_body(dlsr.Network(scaled, scale)),
+            "FSRCNN": lambda: Fsrcnn(scale), "SESR-M5": lambda: Sesr(scale, 5),
+            "SESR-M11": lambda: Sesr(scale, 11)}
+
+
+# --- All alike ---------------------------------------------------------------------------------
+
+def row_of(settings, found, name, shape, seed) -> dict:
+    """Train one, measure it: a row of the table."""
+    batch, patch = shape
+    settings = argparse.Namespace(**vars(settings) | dict(batch=batch, patch=patch))
+    run = start(settings, seed)
+    patches = copy.copy(run.data.whole)
+    patches.patch = patch
+    run.data = run.data._replace(whole=patches)
+    torch.manual_seed(seed)
+    run.become(rivals(found)[name]())
+    advance(run)
+    network = run.network.eval()
+    parameters, macs = common.count(network, found.scale)
+    row = dict(name=name, number=list(rivals(found)).index(name), batch=batch, patch=patch,
+               seed=seed, parameters=parameters, multiply_adds=macs, milliseconds=round(
+                   milliseconds(network, features(3, 1, found.scale, "cpu")), 1))
+    for title, photos in CACHE["sets"].items():
+        mean = means(measure(lambda lr: common.super_resolve(network, lr), photos, found.scale))
+        row |= {f"{title}_psnr": round(mean["psnr"], 4), f"{title}_ssim": round(mean["ssim"], 5)}
+    return row
+
+
+def table_of(rows, sets) -> str:
+    """Markdown: a line for each network, at the better of its shapes; mean ± spread over seeds."""
+    def mean(some, key, digits=2):
+        values = [float(row[key]) for row in some]
+        spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+        return f"{np.mean(values):.{digits}f}{spread}"
+    lines = ["| network | patches | parameters | multiply-adds | ms | " + " | ".join(sets) + " |",
+             "|---|---|" + "---:|" * (3 + len(sets))]
+    by_name = {}
+    for row in rows:
+        shape = f"{row['batch']} of {row['patch']}x{row['patch']}"
+        by_name.setdefault(row["name"], {}).setdefault(shape, []).append(row)
+    for name, shapes in by_name.items():
+        first = f"{sets[0]}_psnr"
+        shape, some = max(shapes.items(),
+                          key=lambda pair: np.mean([float(row[first]) for row in pair[1]]))
+        lines.append(f"| {name} | {shape} | {int(some[0]['parameters']):,} | "
+                     f"{int(some[0]['multiply_adds']) / 1e9:.2f} G | "
+                     f"{np.median([float(row['milliseconds']) for row in some]):.0f} | "
+                     + " | ".join(mean(some, f"{each}_psnr") for each in sets) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def compare(args):
+    found = load_run(args.run).architecture
+    settings, _ = search.settings_of(search.arguments().parse_args([
+        "--scale", str(found.scale), "--preset", "lesson", "--device", "cpu", "--bfloat16",
+        "--data", args.data, "--steps", str(args.steps), "--out", str(NOWHERE),
+        "--search", str(max(1, args.steps // 20)),  # nobody searches: so long the rate rises
+        "--patch", str(max(patch for _, patch in SHAPES)), "--rate", str(args.rate)]))
+    CACHE["sets"] = sets_in(args.benchmark, found.scale)
+    torch.set_num_threads(1)
+    CACHE["costs"] = search.Run(settings, NOWHERE).costs
+    CACHE["data"] = search.load_data(settings)
+    rows = read(args.out)
+    done = {(row["name"], int(row["patch"]), int(row["seed"])) for row in rows}
+    jobs = [(row_of, settings, found, name, shape, seed) for seed in range(args.seeds)
+            for name in rivals(found) for shape in SHAPES if (name, shape[1], seed) not in done]
+    with multiprocessing.get_context("fork").Pool(args.workers) as pool:  # who share photographs
+        for row in tqdm(pool.imap_unordered(task, jobs), "networks", len(jobs)):
+            rows.append(row)
+            write(args.out, rows)
+    text = table_of(sorted(rows, key=lambda row: int(row["number"])), list(CACHE["sets"]))
+    print(text)
+    write_whole(args.out.with_suffix(".md"), text)
+
+
+def main(argv=None):
+    parser = CommandLine(prog="field.py", description=__doc__.split("\n")[0],
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("run", type=named, metavar="RUN", help="folder of search.py: whose network is compared")
+    add("--data", type=named, required=True, metavar="DIR", help="photographs to train on")
+    add("--benchmark", type=named, nargs="+", required=True, metavar="DIR",
+        help="sets to measure on")
+    add("--steps", type=search.positive, default=5000, help="of each network's training")
+    add("--rate", type=search.rate, default=4e-3, help="highest learning rate")
+    add("--seeds", type=search.positive, default=3, help="seeds 0 to N - 1 of each")
+    add("--workers", type=search.positive, default=torch.get_num_threads(), help="processes")
+    add("--out", type=Path, required=True, metavar="FILE.csv", help="the table")
+    args = parser.parse_args(argv)
+    with parser.guard("; try fewer --workers"):
+        compare(args)
+
+
+if __name__ == "__main__":
+    main()
