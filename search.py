@@ -66,7 +66,7 @@ from supernet import Supernet, Weights, draw_levels, live_choices
 # convolutions. budget: multiply-adds at x2, x3, x4; those of "full" are DLSR's (arXiv 2105.03939).
 PRESETS = {
     "lesson": dict(channels=24, cells=3, positions=3, batch=16, patch=24, steps=8000, search=300,
-                   rate=4e-3, bfloat16=False, budget={2: 6e9, 3: 3e9, 4: 2e9}),
+                   rate=6e-3, bfloat16=False, budget={2: 6e9, 3: 3e9, 4: 2e9}),
     "full": dict(channels=64, cells=5, positions=5, batch=16, patch=48, steps=300_000, search=4000,
                  rate=1e-3, bfloat16=True, budget={2: 68e9, 3: 31e9, 4: 18e9}),
 }

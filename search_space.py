@@ -820,7 +820,10 @@ COLOURS = {"skip1x1": "#999999", "conv3x3": "#56B4E9", "residual": "#0072B2", "d
 
 
 def draw_architecture(a: Architecture, axis=None) -> Figure:
-    """A bar for each layer from left to right, as tall as its output is wide."""
+    """A bar for each layer from left to right, as tall as its output is wide.
+
+    Tinted is what works on more pixels than LR has.
+    """
     layers = list(a.layers())
     if axis is None:
         figure = Figure(figsize=(max(6, 0.55 * len(layers)), 3), layout="constrained")
@@ -829,10 +832,12 @@ def draw_architecture(a: Architecture, axis=None) -> Figure:
     for layer in layers:
         x += 1 if (layer.node, layer.kind == "tail") == before else 2  # a gap before a cell
         before = layer.node, layer.kind == "tail"
+        if layer.m > 1:  # it costs more there
+            axis.axvspan(x - 0.5, x + 0.5, color="#FFF3D0", zorder=0, linewidth=0)
         axis.bar(x, layer.d, 0.9, -layer.d / 2, color=COLOURS[layer.kind], edgecolor="black",
                  linewidth=0.5)
         axis.text(x, 0, f"{layer.kind} {layer.d}", rotation=90, ha="center", va="center",
-                  fontsize=9, color="white" if layer.kind == "residual" else "black")
+                  fontsize=10, color="white" if layer.kind == "residual" else "black")
     axis.set_title(f"x{a.scale}, path {a.path}: {a.parameters():,} parameters, "
                    f"{a.multiply_adds() / 1e9:.2f}G multiply-adds for a 1280x720 output",
                    fontsize=10)

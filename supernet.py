@@ -43,7 +43,10 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib import colormaps
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -406,7 +409,7 @@ class Supernet(nn.Module):
         """
         return {parameter: {name: (value if name == "step" else leading(value, parameter)).clone()
                             for name, value in adam.state[source].items()}
-                for parameter, source in self.origins(network)}
+                for parameter, source in self.origins(network) if adam.state.get(source)}
 
     def origins(self, network: Network):
         """Pairs (parameter of `network`, parameter of ours whose leading slice it is)."""
@@ -538,30 +541,50 @@ def leading(source: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 # --- Its picture -------------------------------------------------------------------------------
 
+# Small weights are pale, large ones dark; no weight looks like none (grey, hatched) or like paper.
+HEAT = ListedColormap(colormaps["YlGnBu"](np.linspace(0.25, 1, 256)))
+ZERO = dict(facecolor="#EEEEEE", edgecolor="#AAAAAA", hatch="////")
+
+
+def draw_heat(axis, steps, level: np.ndarray, labels):
+    """Weights over time as a heat map, exact zeros hatched. level: (T, rows); labels: the rows'."""
+    edges = np.append(steps, 2 * steps[-1] - steps[-2] if len(steps) > 1 else steps[-1] + 1)
+    axis.patch.set(**ZERO)  # what shows where nothing is drawn
+    mesh = axis.pcolormesh(edges, np.arange(len(labels) + 1), np.ma.masked_equal(level.T, 0),
+                           vmin=0, vmax=1, cmap=HEAT)
+    axis.set_yticks(np.arange(len(labels)) + 0.5, labels)
+    axis.set_ylim(len(labels), 0)
+    return mesh
+
+
+def explain_heat(figure, mesh):
+    """The colour bar of heat maps, and what is hatched."""
+    bar = figure.colorbar(mesh, ax=figure.axes, location="top", label="weight", aspect=60,
+                          shrink=0.6)
+    bar.ax.legend(handles=[Patch(**ZERO, label="exactly 0")], loc="center left",
+                  bbox_to_anchor=(1.02, 0.5), frameon=False)
+
+
 def draw_levels(space: Space, path: str, steps, weights: Weights) -> Figure:
     """The three levels over time, as heat maps: all exits, then the cells on `path`.
 
-    Colour is weight; black is exactly zero. steps: (T,). weights: numpy, a leading dimension T
+    Colour is weight; hatched is exactly zero. steps: (T,). weights: numpy, a leading dimension T
     each.
     """
     cells = [space.cell_of[node] for node in cells_on(path)]
-    panels = [("network: all exits", weights.gamma, space.nodes)]
+    panels = [("network:\nall exits", weights.gamma, space.nodes)]
     for title, level, names in (("cell: operations", weights.alpha, OPERATIONS),
                                 ("kernel: widths", weights.beta, space.widths)):
         rows = level[:, cells]  # (T, cells on the path, places, candidates)
         labels = [f"{c + 1}.{p + 1}: {name}" for c in range(rows.shape[1])
                   for p in range(rows.shape[2]) for name in names]
         if labels:  # with one position there is no inner width
-            panels.append((f"{title} on the path {path}", rows.reshape(len(rows), -1), labels))
-    height = 2 + 0.16 * max(len(labels) for *_, labels in panels)
-    figure = Figure(figsize=(15, height), layout="constrained")
-    edges = np.append(steps, 2 * steps[-1] - steps[-2] if len(steps) > 1 else steps[-1] + 1)
+            panels.append((f"{title}\non the path {path}", rows.reshape(len(rows), -1), labels))
+    height = 2.5 + 0.18 * max(len(labels) for *_, labels in panels)
+    figure = Figure(figsize=(10, height), layout="constrained")
     for axis, (title, level, labels) in zip(figure.subplots(1, len(panels)), panels):
-        axis.set_facecolor("black")  # what shows where nothing is drawn: exact zeros
-        mesh = axis.pcolormesh(edges, np.arange(len(labels) + 1), np.ma.masked_equal(level.T, 0),
-                               vmin=0, vmax=1, cmap="viridis")
+        mesh = draw_heat(axis, steps, level, labels)
         axis.set(title=title, xlabel="training step")
-        axis.set_yticks(np.arange(len(labels)) + 0.5, labels, fontsize=7)
-        axis.invert_yaxis()
-    figure.colorbar(mesh, ax=figure.axes, label="weight", fraction=0.02)
+        axis.tick_params(labelsize=10)
+    explain_heat(figure, mesh)
     return figure

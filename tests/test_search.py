@@ -145,6 +145,17 @@ class Killed(BaseException):
     """Nothing in search.py catches it, as nothing catches SIGKILL."""
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_map_that_decides_at_once_may_find_what_was_never_computed(tmp_path, photos, seed):
+    """To keep the budget, `derive` may take operations of which the optimiser remembers nothing."""
+    (tmp_path / "once.py").write_text(
+        "import torch\n\n\ndef once(z, progress):\n"
+        "    return torch.nn.functional.one_hot(z.argmax(-1), z.shape[-1]).to(z) + 0 * z\n")
+    out = run(tmp_path / "a", "--activation", f"{tmp_path}/once.py:once", "--data", photos,
+              "--budget", "1.6G", "--seed", seed)
+    assert 0.8 * 1.6e9 <= load_run(out).architecture.multiply_adds() <= 1.6e9
+
+
 @pytest.mark.parametrize("activation", ["sparsestmax", "gumbel"])  # gumbel draws at random
 @pytest.mark.parametrize("kill_at", [[3], [7], [8], [11], [2, 6, 9, 13]])
 def test_resuming_gives_the_same_bits(tmp_path, photos, monkeypatch, activation, kill_at):
