@@ -75,7 +75,8 @@ def execute(path: Path):
 
 def main(argv=None):
     parser = CommandLine(prog="execute.py", description="Run notebooks, and keep their outputs.")
-    parser.add_argument("notebooks", nargs="*", type=Path, default=sorted(HERE.glob("[0-9]*.ipynb")))
+    parser.add_argument("notebooks", nargs="*", type=Path,
+                        default=sorted(HERE.glob("[0-9]*.ipynb")))
     with parser.guard():
         for path in parser.parse_args(argv).notebooks:
             execute(path)
