@@ -87,6 +87,10 @@ def draw_map(axis, activation, progress=0.0, ball=0.0, reach=1.3):
 
 # --- 2. The tree of paths ------------------------------------------------------------------------
 
+# What works on a picture that is so many times larger than LR, each way.
+TINTS = {1: "white", 2: "#FFF3C4", 3: "#FFF3C4", 4: "#FFE08A"}
+
+
 def tree_layout(space: Space) -> dict[str, tuple[float, float]]:
     """Where to draw each node: x is its depth, the root's is 1; y such that no branches cross."""
     leaves = {leaf: float(-i) for i, leaf in enumerate(space.leaves)}
@@ -107,7 +111,6 @@ def draw_tree(axis, space: Space):
                         for c in space.widths for d in space.widths])
     weights = {"c": space.positions * position, "u": 9 * space.channels ** 2}  # each used per pixel
     places, lr_pixels = tree_layout(space), OUTPUT_PIXELS // space.scale ** 2
-    tints = {1: "white", 2: "#FFE8B0", 3: "#FFE8B0", 4: "#F5B942"}  # by how many times larger
     for node, (x, y) in places.items():
         m = space.magnification(node)
         cost = weights[node[-1]] * lr_pixels * m ** 2 / 1e9
@@ -118,19 +121,16 @@ def draw_tree(axis, space: Space):
         if len(space.nodes) < 20:
             axis.annotate(f"{cost:.3g}G", ((x0 + x) / 2, (y0 + y) / 2), ha="center", va="center",
                           backgroundcolor="white", fontsize=12)
-        axis.plot(x, y, "o", markersize=15, color=tints[m], markeredgecolor=colour,
+        axis.plot(x, y, "o", markersize=15, color=TINTS[m], markeredgecolor=colour,
                   markeredgewidth=1.5, zorder=2)
         axis.annotate(node[-1], (x, y), ha="center", va="center_baseline", fontsize=12)
-    axis.legend(handles=[Patch(facecolor=tints[m], edgecolor="black", label=(
+    axis.legend(handles=[Patch(facecolor=TINTS[m], edgecolor="black", label=(
         f"works on {m * m} times the pixels" if m > 1 else "works on LR pixels"))
         for m in sorted(set(map(space.magnification, space.nodes)))], loc="lower left", fontsize=12)
     axis.set_axis_off()
 
 
 # --- 3 and 4. The supernet -----------------------------------------------------------------------
-
-TINTS = {2: "#FFF3C4", 3: "#FFF3C4", 4: "#FFE08A"}  # by how many times larger than LR, each way
-
 
 def pale(colour, strength):
     """The colour mixed with white: strength 1 leaves it as it is, 0 is white."""

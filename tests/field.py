@@ -34,10 +34,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "notebooks" / "neighbours")]
 import common
 import dlsr
 import search
-from benchmark import NOWHERE
 from chance import CACHE, advance, by_hand, start, task
-from evaluate import CommandLine, means, measure, named, sets_in
-from networks import read, write
+from evaluate import means, measure, named
+from networks import options, prepare, read, write
 from search_space import Network, Space, features, load_run, milliseconds, write_whole
 
 SHAPES = (16, 24), (4, 48)  # patches, and pixels of their side
@@ -150,15 +149,8 @@ def table_of(rows, sets) -> str:
 
 def compare(args):
     found = load_run(args.run).architecture
-    settings, _ = search.settings_of(search.arguments().parse_args([
-        "--scale", str(found.scale), "--preset", "lesson", "--device", "cpu", "--bfloat16",
-        "--data", args.data, "--steps", str(args.steps), "--out", str(NOWHERE),
-        "--search", str(max(1, args.steps // 20)),  # nobody searches: so long the rate rises
-        "--patch", str(max(patch for _, patch in SHAPES)), "--rate", str(args.rate)]))
-    CACHE["sets"] = sets_in(args.benchmark, found.scale)
-    torch.set_num_threads(1)
-    CACHE["costs"] = search.Run(settings, NOWHERE).costs
-    CACHE["data"] = search.load_data(settings)
+    settings = prepare(args, found.scale, "--patch", max(patch for _, patch in SHAPES), "--search",
+                       max(1, args.steps // 20))  # nobody searches: so long the rate rises
     rows = read(args.out)
     done = {(row["name"], int(row["patch"]), int(row["seed"])) for row in rows}
     jobs = [(row_of, settings, found, name, shape, seed) for seed in range(args.seeds)
@@ -173,17 +165,10 @@ def compare(args):
 
 
 def main(argv=None):
-    parser = CommandLine(prog="field.py", description=__doc__.split("\n")[0],
-                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = options("field.py", __doc__, steps=5000)
     add = parser.add_argument
     add("run", type=named, metavar="RUN", help="folder of search.py: whose network is compared")
-    add("--data", type=named, required=True, metavar="DIR", help="photographs to train on")
-    add("--benchmark", type=named, nargs="+", required=True, metavar="DIR",
-        help="sets to measure on")
-    add("--steps", type=search.positive, default=5000, help="of each network's training")
-    add("--rate", type=search.rate, default=4e-3, help="highest learning rate")
     add("--seeds", type=search.positive, default=3, help="seeds 0 to N - 1 of each")
-    add("--workers", type=search.positive, default=torch.get_num_threads(), help="processes")
     add("--out", type=Path, required=True, metavar="FILE.csv", help="the table")
     args = parser.parse_args(argv)
     with parser.guard("; try fewer --workers"):

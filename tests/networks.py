@@ -125,15 +125,20 @@ def write(path: Path, rows: list[dict]):
     write_whole(path, text.getvalue())
 
 
-def build(args):
+def prepare(args, scale, *options) -> argparse.Namespace:
+    """Settings of search.py for the lesson's recipe, and what the workers will share."""
     settings, _ = search.settings_of(search.arguments().parse_args([
-        "--scale", "2", "--preset", "lesson", "--device", "cpu", "--bfloat16", "--budget", "12G",
-        "--data", args.data, "--steps", str(args.steps), "--out", str(NOWHERE),
-        "--search", str(args.search)]))
+        "--scale", str(scale), "--preset", "lesson", "--device", "cpu", "--bfloat16", "--data",
+        args.data, "--steps", str(args.steps), "--out", str(NOWHERE), *map(str, options)]))
     CACHE["sets"] = sets_in(args.benchmark, settings.scale)
     torch.set_num_threads(1)
     CACHE["costs"] = search.Run(settings, NOWHERE).costs
     CACHE["data"] = search.load_data(settings)
+    return settings
+
+
+def build(args):
+    settings = prepare(args, 2, "--budget", "12G", "--search", args.search)
     space, rows = Space(2, settings.channels, settings.cells, settings.positions), read(args.out)
     with multiprocessing.get_context("fork").Pool(args.workers) as pool:  # who share photographs
         # 1. The searches' results: from the table, where it holds them.
@@ -153,17 +158,24 @@ def build(args):
             write(args.out, rows)
 
 
-def main(argv=None):
-    parser = CommandLine(prog="networks.py", description=__doc__.split("\n")[0],
+def options(program: str, manual: str, steps: int) -> CommandLine:
+    """A parser with what networks.py and field.py are both asked."""
+    parser = CommandLine(prog=program, description=manual.split("\n")[0],
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--data", type=named, required=True, metavar="DIR", help="photographs to train on")
     add("--benchmark", type=named, nargs="+", required=True, metavar="DIR",
         help="sets to measure on")
-    add("--networks", type=search.positive, default=240, help="how many, beside the found ones")
-    add("--steps", type=search.positive, default=3000, help="of each network's training")
-    add("--search", type=search.positive, default=300, help="steps of the three searches")
+    add("--steps", type=search.positive, default=steps, help="of each network's training")
     add("--workers", type=search.positive, default=torch.get_num_threads(), help="processes")
+    return parser
+
+
+def main(argv=None):
+    parser = options("networks.py", __doc__, steps=3000)
+    add = parser.add_argument
+    add("--networks", type=search.positive, default=240, help="how many, beside the found ones")
+    add("--search", type=search.positive, default=300, help="steps of the three searches")
     add("--out", type=Path, default=TABLE, metavar="FILE.csv", help="the table")
     args = parser.parse_args(argv)
     with parser.guard("; try fewer --workers"):
