@@ -360,7 +360,7 @@ class Supernet(nn.Module):
         zero where no exit outweighs its parent. (A forbidden parent weighs 0, so its children
         always pay. The authors' released code sums child - parent of the raw logits along each
         complete path. All between the ends cancels: what is left is the sum over leaves minus
-        their number times the root, without a floor; see tests/test_supernet.py.)
+        their number times the root, without a floor; see tests/claims.py.)
         """
         return F.relu(weights.gamma[1:] - weights.gamma[self.parents]).sum()
 

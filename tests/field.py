@@ -12,9 +12,9 @@ RUN is a folder of search.py. Its network is trained afresh, beside
 
 with the same photographs, steps, pixels in a step, and recipe (search.py's after the hand-over:
 Muon for the kernels between the first and the last convolution, Adam for the rest), each with 16
-patches of 24x24 and with 4 of 48x48: attention pools over a patch, and may want the larger. The
-table, of the better of both by the mean on the first set, is printed and written beside FILE.csv as
-FILE.md. Workers are processes with one thread each.
+patches of 24x24 and with 4 of 48x48: attention pools over a patch, and may want the larger. Seed 0
+trains each with both, and judges on the first set; the other seeds take the better. The table is
+printed, and written beside FILE.csv as FILE.md. Workers are processes with one thread each.
 """
 import argparse
 import copy
@@ -27,7 +27,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "notebooks" / "neighbours")]
@@ -36,7 +35,7 @@ import dlsr
 import search
 from chance import CACHE, advance, by_hand, start, task
 from evaluate import means, measure, named
-from networks import options, prepare, read, write
+from networks import options, prepare, read, spread, work
 from search_space import Network, Space, features, load_run, milliseconds, write_whole
 
 SHAPES = (16, 24), (4, 48)  # patches, and pixels of their side
@@ -102,8 +101,8 @@ def rivals(found) -> dict:
 
 # --- All alike ---------------------------------------------------------------------------------
 
-def row_of(settings, found, name, shape, seed) -> dict:
-    """Train one, measure it: a row of the table."""
+def row_of(settings, found, name, shape, seed) -> list[dict]:
+    """Train one, measure it: a row of the table, in a list."""
     batch, patch = shape
     settings = argparse.Namespace(**vars(settings) | dict(batch=batch, patch=patch))
     run = start(settings, seed)
@@ -121,29 +120,31 @@ def row_of(settings, found, name, shape, seed) -> dict:
     for title, photos in CACHE["sets"].items():
         mean = means(measure(lambda lr: common.super_resolve(network, lr), photos, found.scale))
         row |= {f"{title}_psnr": round(mean["psnr"], 4), f"{title}_ssim": round(mean["ssim"], 5)}
-    return row
+    return [row]
+
+
+def better_shapes(rows, sets) -> dict:
+    """{name: side of the patches with which seed 0 did better on the first set}"""
+    first = sorted((float(row[f"{sets[0]}_psnr"]), row["name"], int(row["patch"]))
+                   for row in rows if int(row["seed"]) == 0)
+    return {name: patch for _, name, patch in first}  # (of a name's two the later stays)
 
 
 def table_of(rows, sets) -> str:
     """Markdown: a line for each network, at the better of its shapes; mean ± spread over seeds."""
-    def mean(some, key, digits=2):
-        values = [float(row[key]) for row in some]
-        spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-        return f"{np.mean(values):.{digits}f}{spread}"
     lines = ["| network | patches | parameters | multiply-adds | ms | " + " | ".join(sets) + " |",
              "|---|---|" + "---:|" * (3 + len(sets))]
-    by_name = {}
+    better, of = better_shapes(rows, sets), {}
     for row in rows:
-        shape = f"{row['batch']} of {row['patch']}x{row['patch']}"
-        by_name.setdefault(row["name"], {}).setdefault(shape, []).append(row)
-    for name, shapes in by_name.items():
-        first = f"{sets[0]}_psnr"
-        shape, some = max(shapes.items(),
-                          key=lambda pair: np.mean([float(row[first]) for row in pair[1]]))
-        lines.append(f"| {name} | {shape} | {int(some[0]['parameters']):,} | "
-                     f"{int(some[0]['multiply_adds']) / 1e9:.2f} G | "
+        if int(row["patch"]) == better[row["name"]]:
+            of.setdefault(row["name"], []).append(row)
+    for name, some in of.items():
+        row = some[0]
+        lines.append(f"| {name} | {row['batch']} of {row['patch']}x{row['patch']} | "
+                     f"{int(row['parameters']):,} | {int(row['multiply_adds']) / 1e9:.2f} G | "
                      f"{np.median([float(row['milliseconds']) for row in some]):.0f} | "
-                     + " | ".join(mean(some, f"{each}_psnr") for each in sets) + " |")
+                     + " | ".join(spread([float(row[f"{each}_psnr"]) for row in some])
+                                  for each in sets) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -151,15 +152,16 @@ def compare(args):
     found = load_run(args.run).architecture
     settings = prepare(args, found.scale, "--patch", max(patch for _, patch in SHAPES), "--search",
                        max(1, args.steps // 20))  # nobody searches: so long the rate rises
-    rows = read(args.out)
-    done = {(row["name"], int(row["patch"]), int(row["seed"])) for row in rows}
-    jobs = [(row_of, settings, found, name, shape, seed) for seed in range(args.seeds)
-            for name in rivals(found) for shape in SHAPES if (name, shape[1], seed) not in done]
+    rows, sets = read(args.out), list(CACHE["sets"])
     with multiprocessing.get_context("fork").Pool(args.workers) as pool:  # who share photographs
-        for row in tqdm(pool.imap_unordered(task, jobs), "networks", len(jobs)):
-            rows.append(row)
-            write(args.out, rows)
-    text = table_of(sorted(rows, key=lambda row: int(row["number"])), list(CACHE["sets"]))
+        for seeds in range(1), range(1, args.seeds):
+            better = better_shapes(rows, sets)
+            done = {(row["name"], int(row["patch"]), int(row["seed"])) for row in rows}
+            work(pool, [(row_of, settings, found, name, shape, seed) for seed in seeds
+                        for name in rivals(found) for shape in SHAPES
+                        if (seed == 0 or shape[1] == better[name])
+                        and (name, shape[1], seed) not in done], rows, args.out)
+    text = table_of(read(args.out), sets)
     print(text)
     write_whole(args.out.with_suffix(".md"), text)
 

@@ -1,11 +1,17 @@
-"""tests/networks.py and tests/field.py: which networks are trained, and what the tables say."""
+"""tests/networks.py, field.py and claims.py: what is trained, and what the tables say."""
+import argparse
 import random
 
+import pytest
+import torch
+
+import claims
 import common
 import field
 import networks
-import torch
+import supernet
 from search_space import Space
+from supernet import Supernet
 
 SPACE = Space(2, 24, 3, 3)
 FOUND = [SPACE.random(random.Random(seed)) for seed in (1, 2, 3)]
@@ -60,6 +66,41 @@ def test_the_rivals_enlarge_and_cost_what_is_known():
 def test_the_table_takes_the_better_of_two_shapes():
     rows = [dict(name="a", batch=b, patch=p, seed=s, parameters=1000, multiply_adds=2e9,
                  milliseconds=5, Set5_psnr=q) for b, p, s, q in
-            ((16, 24, 0, 30.0), (16, 24, 1, 30.2), (4, 48, 0, 31.0), (4, 48, 1, 31.2))]
+            ((4, 48, 0, 31.0), (16, 24, 0, 30.0), (4, 48, 1, 31.2))]
+    assert field.better_shapes(rows, ["Set5"]) == {"a": 48}
     assert field.table_of(rows, ["Set5"]).splitlines()[2] == (
         "| a | 4 of 48x48 | 1,000 | 2.00 G | 5 | 31.10 ± 0.14 |")
+
+
+def test_the_tables_of_the_claims():
+    row = dict(path="cc", multiply_adds=1e10, lost=2, exits=1, operations=1.5, widths=2, search=30,
+               seconds=90)
+    rows = [row | dict(name=name, seed=seed, Set5_psnr=psnr, path=path)
+            for name, seed, psnr, path in (
+                ("sparsestmax", 0, 37.0, "cc"), ("order 0", 0, 36.5, "c"),
+                ("sparsestmax", 1, 37.2, "cuc"))]
+    maps, orders, phases = claims.tables_of(rows, ["Set5"]).split("\n\n")[:3]
+    assert maps.splitlines()[2:] == ["| sparsestmax | 2.00 ± 0.00 | 1.0 ± 0.0 | 1.5 ± 0.0 | "
+                                     "2.0 ± 0.0 | 30 ± 0 | 10.0 ± 0.0 | 37.10 ± 0.14 |"]
+    assert orders.splitlines()[2:] == ["| without | c | 1.0 | 10.0 | 36.50 |",
+                                       "| as it is | cc, cuc | 2.5 ± 0.7 | 10.0 ± 0.0 | "
+                                       "37.10 ± 0.14 |"]
+    assert phases.splitlines()[2:] == ["| one: the found network goes on | 90 ± 0 | 37.10 ± 0.14 |"]
+
+
+def test_a_trial_changes_what_its_name_says(monkeypatch):
+    """And nothing of it is left for the worker's next trial."""
+    seen = []
+
+    def start(settings, seed, architecture=None):
+        seen.append((settings.activation, supernet.ORDER, Supernet.order_loss))
+        raise StopIteration
+    monkeypatch.setattr(claims, "start", start)
+    monkeypatch.setattr(supernet, "ORDER", supernet.ORDER)
+    monkeypatch.setattr(Supernet, "order_loss", Supernet.order_loss)
+    plain = supernet.ORDER, Supernet.order_loss
+    for name in "order released", "softmax", "order 100", "sparsestmax":
+        with pytest.raises(StopIteration):
+            claims.trials(argparse.Namespace(activation="none"), name, 0)
+    assert seen == [("sparsestmax", plain[0], claims.order_loss_released), ("softmax", *plain),
+                    ("sparsestmax", 100 * plain[0], plain[1]), ("sparsestmax", *plain)]

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import supernet
 from benchmark import lean
+from claims import order_loss_released
 from properties import case
 from search_space import OPERATIONS, Network, Space
 from sparsestmax import ACTIVATIONS
@@ -169,17 +170,6 @@ def test_expected_cost_is_the_expectation():
     assert net.cost(weights).item() == pytest.approx(mean, rel=1e-12)
     grads = torch.autograd.grad(net.cost(weights), net.logits())
     assert all(g.isfinite().all() and g.any() for g in grads)
-
-
-def order_loss_released(net) -> torch.Tensor:
-    """The form in the authors' released code, for comparison.
-
-    Raw logits, no hinge, along each complete path. It telescopes: all that remains is
-    (sum over leaves) - (number of leaves) * root, without a floor.
-    """
-    nodes = net.space.nodes
-    paths = [[nodes.index(leaf[:i]) for i in range(1, len(leaf) + 1)] for leaf in net.space.leaves]
-    return sum((net.gamma[path[1:]] - net.gamma[path[:-1]]).sum() for path in paths)
 
 
 def test_order_losses_by_hand():
