@@ -154,6 +154,12 @@ def by_hand(space: Space, cost: float):
     return min(choices, key=lambda b: abs(b.multiply_adds() - cost))
 
 
+def spread(values, digits=2) -> str:
+    """Mean ± standard deviation, where there are several."""
+    deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{deviation}"
+
+
 def task(arguments):
     function, *rest = arguments
     return function(*rest)
@@ -204,9 +210,6 @@ def compare(args):
                                                         for k in range(len(seeds))]
     rows["the best of the five, in hindsight"] = np.max(each_random, 0)
 
-    def spread(values):
-        deviation = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
-        return f"{np.mean(values):.2f}{deviation}"
     seconds = np.median([f[1] for f in found])
     lines = [f"PSNR-Y in dB, mean ± standard deviation over {len(seeds)} seeds; "
              f"x{settings.scale}, {settings.steps} steps of {settings.batch} patches of "

@@ -23,8 +23,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import search
 import supernet
-from chance import CACHE, advance, quality, start, task
-from networks import options, prepare, read, spread, work
+from chance import CACHE, advance, quality, spread, start, task
+from networks import options, prepare, read, work
 from search_space import write_whole
 from supernet import Supernet, live_choices
 
@@ -109,8 +109,8 @@ def tables_of(rows, sets) -> str:
 
 
 def compare(args):
+    rows = read(args.out, "name", "lost", "seed")
     settings = prepare(args, 2, "--budget", "12G", "--search", args.search)
-    rows = read(args.out)
     done = {(row["name"], int(row["seed"])) for row in rows}
     with multiprocessing.get_context("fork").Pool(args.workers) as pool:  # who share photographs
         work(pool, [(trials, settings, name, seed) for seed in range(args.seeds)

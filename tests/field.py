@@ -33,9 +33,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "notebooks" / "neighbours")]
 import common
 import dlsr
 import search
-from chance import CACHE, advance, by_hand, start, task
+from chance import CACHE, advance, by_hand, spread, start, task
 from evaluate import means, measure, named
-from networks import options, prepare, read, spread, work
+from networks import options, prepare, read, work
 from search_space import Network, Space, features, load_run, milliseconds, write_whole
 
 SHAPES = (16, 24), (4, 48)  # patches, and pixels of their side
@@ -149,10 +149,10 @@ def table_of(rows, sets) -> str:
 
 
 def compare(args):
-    found = load_run(args.run).architecture
+    rows, found = read(args.out, "name", "patch", "seed"), load_run(args.run).architecture
     settings = prepare(args, found.scale, "--patch", max(patch for _, patch in SHAPES), "--search",
                        max(1, args.steps // 20))  # nobody searches: so long the rate rises
-    rows, sets = read(args.out), list(CACHE["sets"])
+    sets = list(CACHE["sets"])
     with multiprocessing.get_context("fork").Pool(args.workers) as pool:  # who share photographs
         for seeds in range(1), range(1, args.seeds):
             better = better_shapes(rows, sets)

@@ -25,7 +25,6 @@ import io
 import itertools
 import multiprocessing
 import random
-import statistics
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +36,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import search
 from benchmark import NOWHERE
 from chance import CACHE, advance, start, task
-from evaluate import CommandLine, means, measure, named, sets_in, super_resolve
+from evaluate import (CommandLine, check_folder_of, means, measure, named, sets_in,
+                      super_resolve)
 from search_space import (OPERATIONS, Architecture, Space, features, milliseconds,
                           write_whole)
 
@@ -114,11 +114,15 @@ def architecture(row: dict) -> Architecture:
         [[int(w) for w in cell.split()] for cell in row["widths"].split("/")])
 
 
-def read(path: Path) -> list[dict]:
+def read(path: Path, *columns) -> list[dict]:
+    """The rows of a table, or none yet; ValueError if it is another table, without the columns."""
     if not path.exists():
         return []
     with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+        rows = list(csv.DictReader(file))
+    if any(row.get(name) is None for row in rows for name in columns):
+        raise ValueError(f"{path} is another table, or damaged: choose another --out")
+    return rows
 
 
 def write(path: Path, rows: list[dict]):
@@ -129,17 +133,12 @@ def write(path: Path, rows: list[dict]):
     write_whole(path, text.getvalue())
 
 
-def spread(values, digits=2) -> str:
-    """Mean ± standard deviation."""
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}"
-
-
 def prepare(args, scale, *options) -> argparse.Namespace:
     """Settings of search.py for the lesson's recipe, and what the workers will share."""
     settings, _ = search.settings_of(search.arguments().parse_args([
         "--scale", str(scale), "--preset", "lesson", "--device", "cpu", "--bfloat16", "--data",
         args.data, "--steps", str(args.steps), "--out", str(NOWHERE), *map(str, options)]))
+    check_folder_of(args.out)
     CACHE["sets"] = sets_in(args.benchmark, settings.scale)
     torch.set_num_threads(1)
     CACHE["costs"] = search.Run(settings, NOWHERE).costs
@@ -148,8 +147,9 @@ def prepare(args, scale, *options) -> argparse.Namespace:
 
 
 def build(args):
+    rows = read(args.out, "group", "widths", "seed")
     settings = prepare(args, 2, "--budget", "12G", "--search", args.search, "--batch", BATCH)
-    space, rows = Space(2, settings.channels, settings.cells, settings.positions), read(args.out)
+    space = Space(2, settings.channels, settings.cells, settings.positions)
     with multiprocessing.get_context("fork").Pool(args.workers) as pool:  # who share photographs
         # 1. The searches' results: from the table, where it holds them.
         found = [architecture(row) for row in rows if (row["group"], row["seed"]) == ("found", "0")]
@@ -158,8 +158,8 @@ def build(args):
             found = pool.map(task, [(find, searches, seed) for seed in range(3)])
         # 2. All networks, without what is there already.
         networks = draw(space, list(dict.fromkeys(found)), args.networks)
-        keys = [(group, number, seed) for number, (group, _) in enumerate(networks)
-                for seed in (range(3) if number < AGAIN else range(1))]
+        keys = [(group, number, seed) for seed in range(3)
+                for number, (group, _) in enumerate(networks) if seed == 0 or number < AGAIN]
         def train(keys):
             done = {(int(row["number"]), int(row["seed"])) for row in rows}
             work(pool, [(row_of, settings, key, networks[key[1]][1]) for key in keys

@@ -46,6 +46,22 @@ def test_a_row_spells_its_network(tmp_path):
     assert [networks.architecture(row) for row in networks.read(tmp_path / "t.csv")] == FOUND
 
 
+def test_the_table_that_is_shipped_says_what_its_networks_are():
+    rows = networks.read(networks.TABLE)
+    numbers = {}
+    for row in rows:
+        a = networks.architecture(row)
+        assert (a.parameters(), a.multiply_adds()) == (int(row["parameters"]),
+                                                       int(row["multiply_adds"]))
+        off = a.multiply_adds() / networks.BUDGET
+        assert row["group"] in ("chance", "near") or 0.8 <= off <= (
+            1 if row["group"] == "found" else 1 + networks.WITHIN)
+        assert numbers.setdefault(row["number"], a) == a
+        assert 30.2 < float(row["Set14_psnr"]) < 34  # above bicubic enlargement
+    assert len(set(numbers.values())) == len(numbers)  # no network under two numbers
+    assert len({(row["number"], row["seed"]) for row in rows}) == len(rows)
+
+
 def test_the_rivals_enlarge_and_cost_what_is_known():
     torch.manual_seed(0)
     for scale in 2, 3:

@@ -25,7 +25,10 @@ from PIL import Image
 
 import benchmark
 import chance
+import claims
 import evaluate
+import field
+import networks
 import search
 from evaluate import dead_leaves, load_photos
 from search_space import load_tensors
@@ -301,6 +304,25 @@ def test_bad_options_of_the_comparison_with_chance(tmp_path, photos, options, me
     monkeypatch.chdir(tmp_path)
     assert message in refused(chance.main, *options.format(photos=photos).split())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options, message", [
+    ("--data {photos} --benchmark nowhere --out a.csv", "nowhere is not a folder"),
+    ("--data nowhere --benchmark {photos} --out a.csv", "nowhere is not a folder"),
+    ("--data {photos} --benchmark {photos} --out no/a.csv", "cannot write into the folder no"),
+    ("--data {photos} --benchmark {photos} --out {mine}", "is another table"),
+    ("--data {photos} --benchmark {photos} --out a.csv --workers 0", "whole number"),
+    ("--benchmark {photos} --out a.csv", "--data")])
+@pytest.mark.parametrize("main", [networks.main, field.main, claims.main],
+                         ids=lambda main: main.__module__)
+def test_bad_options_of_the_tables_of_trainings(tmp_path, photos, main, options, message,
+                                                monkeypatch):
+    shipped = ROOT / "notebooks" / "results" / "x2-12G"
+    monkeypatch.chdir(tmp_path)
+    (mine := tmp_path / "mine.csv").write_text("name,marks\nann,3\n")
+    given = options.format(photos=photos, mine=mine).split()
+    assert message in refused(main, *[shipped] * (main == field.main), *given)
+    assert [*tmp_path.iterdir()] == [mine]
 
 
 @pytest.mark.parametrize("options, message", [
