@@ -13,14 +13,16 @@ RUN is a folder of search.py. Its network is trained afresh, beside
 with the same photographs, steps, pixels in a step, and recipe (search.py's after the hand-over:
 Muon for the kernels between the first and the last convolution, Adam for the rest), each with 16
 patches of 24x24 and with 4 of 48x48: attention pools over a patch, and may want the larger. Seed 0
-trains each with both, and judges on the first set; the other seeds take the better. The table is
-printed, and written beside FILE.csv as FILE.md. Workers are processes with one thread each.
+trains each with both, and judges on the first set; the other seeds take the better. Where a
+training diverges it begins again at half the rate, three times at most. The table is printed, and
+written beside FILE.csv as FILE.md. Workers are processes with one thread each.
 """
 import argparse
 import copy
 import itertools
 import multiprocessing
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -93,10 +95,10 @@ def rivals(found) -> dict:
     scaled = min(sizes, key=lambda a: abs(dlsr.multiply_adds(a, scale) - cost))
     return {"found": lambda: Network(found),
             "residual blocks": lambda: Network(by_hand(space, cost)),
-            "DLSR tiny": lambda: with_body(dlsr.Network(dlsr.PUBLISHED["tiny"], scale)),
-            f"DLSR, {scaled.channels} channels": lambda: with_body(dlsr.Network(scaled, scale)),
             "FSRCNN": lambda: Fsrcnn(scale), "SESR-M5": lambda: Sesr(scale, 5),
-            "SESR-M11": lambda: Sesr(scale, 11)}
+            "SESR-M11": lambda: Sesr(scale, 11),
+            "DLSR tiny": lambda: with_body(dlsr.Network(dlsr.PUBLISHED["tiny"], scale)),
+            f"DLSR, {scaled.channels} channels": lambda: with_body(dlsr.Network(scaled, scale))}
 
 
 # --- All alike ---------------------------------------------------------------------------------
@@ -104,18 +106,24 @@ def rivals(found) -> dict:
 def row_of(settings, found, name, shape, seed) -> list[dict]:
     """Train one, measure it: a row of the table, in a list."""
     batch, patch = shape
-    settings = argparse.Namespace(**vars(settings) | dict(batch=batch, patch=patch))
-    run = start(settings, seed)
-    patches = copy.copy(run.data.whole)
-    patches.patch = patch
-    run.data = run.data._replace(whole=patches)
-    torch.manual_seed(seed)
-    run.become(rivals(found)[name]())
-    advance(run)
+    for halvings in range(search.HALVINGS + 1):  # as search.py does where a training diverges
+        rate = settings.rate / 2 ** halvings
+        run = start(argparse.Namespace(**vars(settings) | dict(batch=batch, patch=patch,
+                                                               rate=rate)), seed)
+        patches = copy.copy(run.data.whole)
+        patches.patch = patch
+        run.data = run.data._replace(whole=patches)
+        torch.manual_seed(seed)
+        run.become(rivals(found)[name]())
+        with suppress(FloatingPointError):
+            advance(run)
+            break
+    else:
+        raise ValueError(f"{name} diverges at a rate of {rate}, too")
     network = run.network.eval()
     parameters, macs = common.count(network, found.scale)
     row = dict(name=name, number=list(rivals(found)).index(name), batch=batch, patch=patch,
-               seed=seed, parameters=parameters, multiply_adds=macs, milliseconds=round(
+               seed=seed, rate=rate, parameters=parameters, multiply_adds=macs, milliseconds=round(
                    milliseconds(network, features(3, 1, found.scale, "cpu")), 1))
     for title, photos in CACHE["sets"].items():
         mean = means(measure(lambda lr: common.super_resolve(network, lr), photos, found.scale))
@@ -132,19 +140,20 @@ def better_shapes(rows, sets) -> dict:
 
 def table_of(rows, sets) -> str:
     """Markdown: a line for each network, at the better of its shapes; mean ± spread over seeds."""
-    lines = ["| network | patches | parameters | multiply-adds | ms | " + " | ".join(sets) + " |",
-             "|---|---|" + "---:|" * (3 + len(sets))]
+    heads = ["network", "patches", "rate", "parameters", "multiply-adds", "ms", *sets]
+    lines = [f"| {' | '.join(heads)} |", "|---|---|" + "---:|" * (len(heads) - 2)]
     better, of = better_shapes(rows, sets), {}
     for row in rows:
         if int(row["patch"]) == better[row["name"]]:
             of.setdefault(row["name"], []).append(row)
     for name, some in of.items():
         row = some[0]
-        lines.append(f"| {name} | {row['batch']} of {row['patch']}x{row['patch']} | "
-                     f"{int(row['parameters']):,} | {int(row['multiply_adds']) / 1e9:.2f} G | "
-                     f"{np.median([float(row['milliseconds']) for row in some]):.0f} | "
-                     + " | ".join(spread([float(row[f"{each}_psnr"]) for row in some])
-                                  for each in sets) + " |")
+        cells = [name, f"{row['batch']} of {row['patch']}x{row['patch']}",
+                 f"{min(float(row['rate']) for row in some):g}", f"{int(row['parameters']):,}",
+                 f"{int(row['multiply_adds']) / 1e9:.2f} G",
+                 f"{np.median([float(row['milliseconds']) for row in some]):.0f}",
+                 *(spread([float(row[f"{each}_psnr"]) for row in some]) for each in sets)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

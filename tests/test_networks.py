@@ -80,12 +80,12 @@ def test_the_rivals_enlarge_and_cost_what_is_known():
 
 
 def test_the_table_takes_the_better_of_two_shapes():
-    rows = [dict(name="a", batch=b, patch=p, seed=s, parameters=1000, multiply_adds=2e9,
+    rows = [dict(name="a", batch=b, patch=p, seed=s, rate=6e-3, parameters=1000, multiply_adds=2e9,
                  milliseconds=5, Set5_psnr=q) for b, p, s, q in
             ((4, 48, 0, 31.0), (16, 24, 0, 30.0), (4, 48, 1, 31.2))]
     assert field.better_shapes(rows, ["Set5"]) == {"a": 48}
     assert field.table_of(rows, ["Set5"]).splitlines()[2] == (
-        "| a | 4 of 48x48 | 1,000 | 2.00 G | 5 | 31.10 ± 0.14 |")
+        "| a | 4 of 48x48 | 0.006 | 1,000 | 2.00 G | 5 | 31.10 ± 0.14 |")
 
 
 def test_the_tables_of_the_claims():
