@@ -55,10 +55,7 @@ def start(settings, seed, architecture=None) -> search.Run:
 
 
 def advance(run, until=None, seconds=float("inf")):
-    """Steps of `run` up to number `until` (default: all), or until the time is over.
-
-    FloatingPointError where it diverges.
-    """
+    """Steps of `run` up to number `until` (default: all), or until the time is over."""
     s, begun = run.settings, time.perf_counter()
     while run.step < (until or s.steps) and time.perf_counter() - begun < seconds:
         for optimiser in run.optimisers:
@@ -70,9 +67,7 @@ def advance(run, until=None, seconds=float("inf")):
         else:
             run.training_step()
         run.step += 1
-        run.recent = run.recent[-1:]
-        if run.step % 100 == 0:
-            run.settle()
+        run.recent = []
     return time.perf_counter() - begun
 
 

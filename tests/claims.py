@@ -126,7 +126,6 @@ def main(argv=None):
     add("--search", type=search.positive, default=search.PRESETS["lesson"]["search"],
         help="how many of the steps search")
     add("--seeds", type=search.positive, default=3, help="seeds 0 to N - 1 of each")
-    add("--out", type=Path, required=True, metavar="FILE.csv", help="the table")
     args = parser.parse_args(argv)
     with parser.guard("; try fewer --workers"):
         compare(args)

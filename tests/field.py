@@ -13,16 +13,14 @@ RUN is a folder of search.py. Its network is trained afresh, beside
 with the same photographs, steps, pixels in a step, and recipe (search.py's after the hand-over:
 Muon for the kernels between the first and the last convolution, Adam for the rest), each with 16
 patches of 24x24 and with 4 of 48x48: attention pools over a patch, and may want the larger. Seed 0
-trains each with both, and judges on the first set; the other seeds take the better. Where a
-training diverges it begins again at half the rate, three times at most. The table is printed, and
-written beside FILE.csv as FILE.md. Workers are processes with one thread each.
+trains each with both, and judges on the first set; the other seeds take the better. The table is
+printed, and written beside FILE.csv as FILE.md. Workers are processes with one thread each.
 """
 import argparse
 import copy
 import itertools
 import multiprocessing
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -82,8 +80,10 @@ class Sesr(nn.Module):
 
 
 def with_body(network: dlsr.Network) -> nn.Module:
-    network.body = nn.ModuleList(module for name, module in network.named_children()
-                                 if name not in ("head", "tail"))
+    # Not a child: its modules are children already, and `common.count` would spoil a network that
+    # has them twice.
+    vars(network)["body"] = nn.ModuleList(module for name, module in network.named_children()
+                                          if name not in ("head", "tail"))
     return network
 
 
@@ -106,24 +106,17 @@ def rivals(found) -> dict:
 def row_of(settings, found, name, shape, seed) -> list[dict]:
     """Train one, measure it: a row of the table, in a list."""
     batch, patch = shape
-    for halvings in range(search.HALVINGS + 1):  # as search.py does where a training diverges
-        rate = settings.rate / 2 ** halvings
-        run = start(argparse.Namespace(**vars(settings) | dict(batch=batch, patch=patch,
-                                                               rate=rate)), seed)
-        patches = copy.copy(run.data.whole)
-        patches.patch = patch
-        run.data = run.data._replace(whole=patches)
-        torch.manual_seed(seed)
-        run.become(rivals(found)[name]())
-        with suppress(FloatingPointError):
-            advance(run)
-            break
-    else:
-        raise ValueError(f"{name} diverges at a rate of {rate}, too")
+    run = start(argparse.Namespace(**vars(settings) | dict(batch=batch, patch=patch)), seed)
+    patches = copy.copy(run.data.whole)
+    patches.patch = patch
+    run.data = run.data._replace(whole=patches)
+    torch.manual_seed(seed)
+    run.become(rivals(found)[name]())
+    advance(run)
     network = run.network.eval()
     parameters, macs = common.count(network, found.scale)
     row = dict(name=name, number=list(rivals(found)).index(name), batch=batch, patch=patch,
-               seed=seed, rate=rate, parameters=parameters, multiply_adds=macs, milliseconds=round(
+               seed=seed, parameters=parameters, multiply_adds=macs, milliseconds=round(
                    milliseconds(network, features(3, 1, found.scale, "cpu")), 1))
     for title, photos in CACHE["sets"].items():
         mean = means(measure(lambda lr: common.super_resolve(network, lr), photos, found.scale))
@@ -140,7 +133,7 @@ def better_shapes(rows, sets) -> dict:
 
 def table_of(rows, sets) -> str:
     """Markdown: a line for each network, at the better of its shapes; mean ± spread over seeds."""
-    heads = ["network", "patches", "rate", "parameters", "multiply-adds", "ms", *sets]
+    heads = ["network", "patches", "parameters", "multiply-adds", "ms", *sets]
     lines = [f"| {' | '.join(heads)} |", "|---|---|" + "---:|" * (len(heads) - 2)]
     better, of = better_shapes(rows, sets), {}
     for row in rows:
@@ -149,7 +142,7 @@ def table_of(rows, sets) -> str:
     for name, some in of.items():
         row = some[0]
         cells = [name, f"{row['batch']} of {row['patch']}x{row['patch']}",
-                 f"{min(float(row['rate']) for row in some):g}", f"{int(row['parameters']):,}",
+                 f"{int(row['parameters']):,}",
                  f"{int(row['multiply_adds']) / 1e9:.2f} G",
                  f"{np.median([float(row['milliseconds']) for row in some]):.0f}",
                  *(spread([float(row[f"{each}_psnr"]) for row in some]) for each in sets)]
@@ -180,7 +173,6 @@ def main(argv=None):
     add = parser.add_argument
     add("run", type=named, metavar="RUN", help="folder of search.py: whose network is compared")
     add("--seeds", type=search.positive, default=3, help="seeds 0 to N - 1 of each")
-    add("--out", type=Path, required=True, metavar="FILE.csv", help="the table")
     args = parser.parse_args(argv)
     with parser.guard("; try fewer --workers"):
         compare(args)

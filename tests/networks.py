@@ -4,12 +4,12 @@
     python tests/networks.py --data DIR --benchmark SETS --networks 12 --steps 100 --out try.csv
 
 240 networks of the lesson's space at x2, each trained alone by one recipe (search.py's, after the
-hand-over, but with 8 patches in a batch: a minute each): 120 drawn from the whole space (`chance`),
-60 within 5 % of 12G (`budget`), and 60 that differ in one choice from one of three searches'
-results (`near`, and `found` themselves, with --budget 12G and the seeds 0, 1, 2). The first 20 are
-trained with three seeds, so that the noise is known, and in the end those that seem the best of the
-searches' budget, so that luck is not taken for quality. After every network the table is written
-anew, whole.
+hand-over, but with 8 patches in a batch: some 90 seconds each): 120 drawn from the whole space
+(`chance`), 60 within 5 % of 12G (`budget`), and 60 that differ in one choice from one of three
+searches' results (`near`, and `found` themselves, with --budget 12G and the seeds 0, 1, 2). The
+first 20 are trained with three seeds, so that the noise is known, and in the end those that seem
+the best of the searches' budget, so that luck is not taken for quality. After every network the
+table is written anew, whole.
 
     group, number           why it is here; networks of one number are one architecture
     path, operations, widths, channels             as in architecture.json; cells apart by "/"
@@ -160,6 +160,7 @@ def build(args):
         networks = draw(space, list(dict.fromkeys(found)), args.networks)
         keys = [(group, number, seed) for seed in range(3)
                 for number, (group, _) in enumerate(networks) if seed == 0 or number < AGAIN]
+
         def train(keys):
             done = {(int(row["number"]), int(row["seed"])) for row in rows}
             work(pool, [(row_of, settings, key, networks[key[1]][1]) for key in keys
@@ -180,8 +181,8 @@ def work(pool, jobs, rows, out):
         write(out, rows)
 
 
-def options(program: str, manual: str, steps: int) -> CommandLine:
-    """A parser with what networks.py and field.py are both asked."""
+def options(program: str, manual: str, steps: int, out: Path | None = None) -> CommandLine:
+    """A parser with what networks.py, field.py and claims.py are all asked."""
     parser = CommandLine(prog=program, description=manual.split("\n")[0],
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
@@ -190,15 +191,16 @@ def options(program: str, manual: str, steps: int) -> CommandLine:
         help="sets to measure on")
     add("--steps", type=search.positive, default=steps, help="of each network's training")
     add("--workers", type=search.positive, default=torch.get_num_threads(), help="processes")
+    add("--out", type=Path, required=out is None, default=out, metavar="FILE.csv",
+        help="the table")
     return parser
 
 
 def main(argv=None):
-    parser = options("networks.py", __doc__, steps=3000)
+    parser = options("networks.py", __doc__, steps=3000, out=TABLE)
     add = parser.add_argument
     add("--networks", type=search.positive, default=240, help="how many, beside the found ones")
     add("--search", type=search.positive, default=300, help="steps of the three searches")
-    add("--out", type=Path, default=TABLE, metavar="FILE.csv", help="the table")
     args = parser.parse_args(argv)
     with parser.guard("; try fewer --workers"):
         build(args)
