@@ -825,6 +825,23 @@ def named(text):
     return text
 
 
+def checked(read, fits, what: str):
+    """A type for argparse: read(text) if it `fits`, else one line that says what was wanted."""
+    def convert(text):
+        try:
+            value = read(text)
+        except ValueError:
+            value = None
+        if value is None or not fits(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        return value
+    return convert
+
+
+whole = checked(int, lambda n: 0 <= n < 1e9, "a whole number up to 999999999")
+positive = checked(int, lambda n: 0 < n < 1e9, "a positive whole number up to 999999999")
+
+
 def usable(name):
     """The torch.device called `name`, made the current one; ValueError if it does not work here."""
     try:

@@ -8,13 +8,13 @@
     torchrun --nproc-per-node 4 search.py --scale 4 ...   # each batch split over four GPUs
 
 Two things are learned in turn (arXiv 2101.06658, section 3.3): the convolutions, and the logits
-that weigh the candidates against one another. A batch from one half of the photographs moves the
+that weigh the candidates. A batch from one half of the photographs moves the
 convolutions with the logits fixed, a batch from the other half moves the logits with the
-convolutions fixed. (In a first tenth, the warm-up, only the convolutions.) Meanwhile `progress`
-rises from 0 to 1, and sparsestmax turns ever more weights into exact zeros, whose branches are no
-longer computed. At progress 1 what is left *is* one network. It walks out of the supernet with its
-kernels, and with the optimiser's memory of them, and goes on training on all photographs, by
-Muon from there on (`KernelMuon`).
+convolutions fixed (not in the first tenth, the warm-up). Meanwhile `progress` rises from 0 to 1,
+and sparsestmax turns ever more weights into exact zeros, whose branches are no longer computed. At
+progress 1 what is left *is* one network. It walks out of the supernet with its kernels, and with
+the optimiser's memory of them, and goes on training on all photographs, by Muon from there on
+(`KernelMuon`).
 
 Both minimise the mean absolute difference between SR and HR; for the logits, `Supernet.penalty`
 adds what the budget demands. A budget is in multiply-adds or milliseconds. Allowed is 80 to 100 %
@@ -53,11 +53,12 @@ import torch.distributed
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from evaluate import (CommandLine, compare_with_bicubic, is_out_of_memory, load_photos, means,
-                      named, out_of_memory, sample_photo, usable)
-from search_space import (SIGNALS, Architecture, Costs, Network, Space, alone_in, cost_in_words,
-                          counted_costs, draw_architecture, heed, load_tensors, measured_costs,
-                          note, on_signals, save_tensors, shown, stop, time_network, write_whole)
+from evaluate import (CommandLine, checked, compare_with_bicubic, is_out_of_memory, load_photos,
+                      means, named, out_of_memory, positive, sample_photo, usable, whole)
+from search_space import (SIGNALS, Architecture, Costs, Network, Replayed, Space, alone_in,
+                          cost_in_words, counted_costs, draw_architecture, environment, heed,
+                          load_tensors, measured_costs, note, on_signals, save_tensors, shown,
+                          stop, time_network, write_whole)
 from sparsestmax import ACTIVATIONS, get_activation
 from supernet import Supernet, Weights, draw_levels, live_choices
 
@@ -147,23 +148,27 @@ class Run:
 
         # a. The convolutions learn from one half of the photographs, the architecture as it stands.
         fixed = Weights(*(w.detach() for w in weights))
-        self.descend("weights", self.loss(net, self.data.half_a, fixed, values))
+        self.descend("weights", self.loss(net, self.batch(self.data.half_a), fixed, values))
         cost = net.cost(fixed)
         if progress == 0:  # warm-up: what random convolutions say of an architecture is noise, and
             return fixed, cost  # listening to it costs half a step
 
         # b. The logits learn from the other half, the convolutions as they stand.
         extra = net.penalty(weights, self.target, progress)
-        self.descend("logits", self.loss(net, self.data.half_b, weights, values) + extra)
+        loss = self.loss(net, self.batch(self.data.half_b), weights, values)
+        self.descend("logits", loss + extra)
         return fixed, cost
 
     def training_step(self):
         """One step of the found network, on all photographs."""
-        self.descend("weights", self.loss(self.network, self.data.whole))
+        self.descend("weights", self.network_slope(*self.batch(self.data.whole)))
 
-    def loss(self, model, patches: "Patches", *weights) -> torch.Tensor:
-        """Mean |SR - HR| over one batch. (L1, not L2: Lim et al., EDSR, arXiv 1707.02921.)"""
-        lr, hr = patches.batch(self.settings.batch, self.generator)
+    def batch(self, patches: "Patches"):
+        return patches.batch(self.settings.batch, self.generator)
+
+    def loss(self, model, batch, *weights) -> torch.Tensor:
+        """Mean |SR - HR| over a batch. (L1, not L2: Lim et al., EDSR, arXiv 1707.02921.)"""
+        lr, hr = batch
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bfloat16):
             sr = model(lr, *weights)  # (B, 3, scale patch, scale patch)
         return F.l1_loss(sr.float(), hr)
@@ -172,15 +177,14 @@ class Run:
         """One step down the slope of `loss`. whose: "weights" (the convolutions') or "logits"."""
         parameters, optimisers = ((self.learned, self.optimisers) if whose == "weights" else
                                   (self.supernet.logits(), [self.logits_optimiser]))
-        for parameter in parameters:
-            parameter.grad = None
-        loss.backward(inputs=parameters)  # no gradient for what does not move
-        loss = loss.detach()
+        if loss.requires_grad:  # (else `network_slope` has been there)
+            slope(parameters, loss)
+        loss = loss.detach().clone()  # (the next replay overwrites it)
         if WORLD > 1:
             average([p.grad for p in parameters if p.grad is not None] + [loss])
-        # Fused Adam skips a step whose `found_inf` is 1. So a loss that is not finite changes
-        # nothing in a supernet, and no GPU has to be waited for to know. (Muon spoils a network by
-        # it, but `settle` finds out, and the run goes back.)
+        # Fused Adam skips a step whose `found_inf` is 1: a loss that is not finite changes nothing
+        # in a supernet, and no GPU has to be waited for. (Muon spoils a network by it, but `settle`
+        # finds out, and the run goes back.)
         for optimiser in optimisers:
             optimiser.found_inf = (~loss.isfinite()).float()
             optimiser.step()
@@ -220,6 +224,8 @@ class Run:
         inside = set(map(id, kernels))
         self.optimisers = [adam([p for p in self.learned if id(p) not in inside]),
                            KernelMuon(kernels)]
+        self.network_slope = Replayed(lambda *batch: slope(
+            self.learned, self.loss(self.network, batch)))
         self.supernet = self.logits_optimiser = None
 
     def run(self):
@@ -415,6 +421,14 @@ def adam(parameters):  # (The loop sets the rate before each step.)
     return torch.optim.Adam(parameters, betas=(0.9, 0.99), fused=True)
 
 
+def slope(parameters, loss: torch.Tensor) -> torch.Tensor:
+    """Give the parameters, and nothing else, their gradient; -> the loss, without its history."""
+    for parameter in parameters:
+        parameter.grad = None
+    loss.backward(inputs=parameters)
+    return loss.detach()
+
+
 def as_matrix(kernel: torch.Tensor) -> torch.Tensor:
     """A kernel (d, c, k, k) as a matrix (d, k k c): a view, where it is stored as channels_last."""
     return kernel.detach().permute(0, 2, 3, 1).flatten(1)
@@ -428,13 +442,23 @@ class KernelMuon(torch.optim.Muon):
     Its step is scaled to the size of Adam's (arXiv 2502.16982), so one rate does for both.
     """
     def __init__(self, kernels):
-        self.kernels = kernels
-        super().__init__(map(as_matrix, kernels), weight_decay=0, adjust_lr_fn="match_rms_adamw")
+        self.kernels, self.direction = kernels, Replayed(self.at_rate_1)
+        super().__init__([torch.zeros_like(as_matrix(kernel)) for kernel in kernels],
+                         weight_decay=0, adjust_lr_fn="match_rms_adamw")
 
     def step(self):
-        for kernel, matrix in zip(self.kernels, self.param_groups[0]["params"]):
-            matrix.grad = as_matrix(kernel.grad)
+        steps, rate = self.param_groups[0]["params"], self.param_groups[0]["lr"]
+        self.direction(*(kernel.grad for kernel in self.kernels))
+        torch._foreach_add_([*map(as_matrix, self.kernels)], steps, alpha=rate)
+
+    def at_rate_1(self, *gradients):
+        """Muon's step from zero: what is to be added to the kernels, but for the rate."""
+        group, = self.param_groups
+        for step, gradient in zip(group["params"], gradients):
+            step.zero_().grad = as_matrix(gradient)
+        rate, group["lr"] = group["lr"], 1.0
         super().step()
+        group["lr"] = rate
 
 
 def average(tensors: list[torch.Tensor]) -> None:
@@ -568,19 +592,6 @@ def load_data(s: argparse.Namespace) -> Data:
 
 # --- 4. The command line -----------------------------------------------------------------------
 
-def checked(read, fits, what: str):
-    """A type for argparse: read(text) if it `fits`, else one line that says what was wanted."""
-    def convert(text):
-        try:
-            value = read(text)
-        except ValueError:
-            value = None
-        if value is None or not fits(value):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
-        return value
-    return convert
-
-
 def read_budget(text: str) -> tuple[float, str]:
     """"18G", "750M", "1.8e10" -> multiply-adds; "80ms" -> milliseconds. A number and its unit."""
     number, suffix = re.fullmatch("(.*?)(ms|g|m|)", text.lower(), re.DOTALL).groups()
@@ -588,8 +599,6 @@ def read_budget(text: str) -> tuple[float, str]:
     return value, "ms" if suffix == "ms" else "multiply-adds"
 
 
-whole = checked(int, lambda n: 0 <= n < 1e9, "a whole number up to 999999999")
-positive = checked(int, lambda n: 0 < n < 1e9, "a positive whole number up to 999999999")
 rate = checked(float, lambda r: 0 < r < 1, "a learning rate, a number between 0 and 1")
 budget = checked(read_budget, lambda b: 0 < b[0] < math.inf,
                  "a budget: multiply-adds like 18G or 750M, or milliseconds like 80ms")
@@ -832,7 +841,7 @@ def whole_run(args: argparse.Namespace):
     # 2. All its steps; from the last checkpoint at half the rate, should it diverge.
     while True:
         try:
-            run.run()  # (asks after every step)
+            run.run()
             break
         except FloatingPointError as error:
             halvings, data = run.halvings + 1, run.data
@@ -852,15 +861,6 @@ def whole_run(args: argparse.Namespace):
     if WORLD > 1:
         torch.distributed.barrier()  # who leaves early takes the connection along
         torch.distributed.destroy_process_group()
-
-
-def environment(name: str, least: int, most: int) -> int:
-    """A number from the environment, as torchrun sets it; ValueError for anything else."""
-    text = os.environ.get(name, "")
-    if not (text.isdecimal() and least <= int(text) <= most):
-        raise ValueError(f"{name}={text!r} in the environment is no number from {least} to {most}; "
-                         "if torchrun did not set it, unset it")
-    return int(text)
 
 
 def main(argv=None):

@@ -148,7 +148,7 @@ def weights_half(run, progress, how="ours"):
     evaluated(run, how)
     with torch.no_grad():
         weights = run.supernet.weights(progress)
-    run.descend("weights", run.loss(run.supernet, run.data.whole, weights))
+    run.descend("weights", run.loss(run.supernet, run.batch(run.data.whole), weights))
 
 
 def whole_step(run, progress, how="ours"):
@@ -163,6 +163,11 @@ def step_times(settings, pairs, costs, rounds):
     # Or the run would drift away from the network that `lone` has.
     run.logits_optimiser.param_groups[0]["lr"] = 0.0
     contenders = {"derived network, a training step": lone.training_step}
+    if run.device.type == "cuda":  # what does a replay save?
+        slow = become_network(make_run(settings, pairs, costs))
+        muon = slow.optimisers[1]
+        slow.network_slope, muon.direction = slow.network_slope.action, muon.direction.action
+        contenders["the same, launched kernel by kernel"] = slow.training_step
     for name, step in ("weights only", weights_half), ("whole step", whole_step):
         contenders[f"the whole tree, {name}"] = partial(step, run, PROGRESS[0], "tree")
         contenders[f"dense, {name}"] = partial(step, run, PROGRESS[0], "dense")

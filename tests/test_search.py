@@ -570,6 +570,7 @@ def test_a_batch_that_cannot_be_split_is_refused(tmp_path, photos, monkeypatch, 
     options = ["--data", str(photos), "--budget", "2G", "--batch", "4",
                "--out", str(tmp_path / "r")]
     search.main([*TINY, *options])
+    monkeypatch.setattr(search, "WORLD", 1)  # (what `main` makes of it is undone behind the test)
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("RANK", "0")
     for arguments in [*TINY, *options[:-1], str(tmp_path / "s")], ["--resume", *options[-2:]]:
@@ -588,6 +589,7 @@ def test_a_step_waits_for_the_gpu_once_at_most(photos, tmp_path):
         if step == made.training_step:
             made.hand_over()
             step()
+            step()  # which records the steps to come
         torch.cuda.set_sync_debug_mode("warn")
         try:
             with warnings.catch_warnings(record=True) as caught:
@@ -598,3 +600,24 @@ def test_a_step_waits_for_the_gpu_once_at_most(photos, tmp_path):
         waits.append(sum("synchronizing CUDA operation" in str(warning.message)
                          for warning in caught))
     assert waits[0] <= 1 and waits[1] == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_replayed_steps_are_the_steps_that_python_takes(photos, tmp_path):
+    """Several, at a rate that changes: moments go on, no step works on the patches of another."""
+    ends = []
+    for out in tmp_path / "replayed", tmp_path / "stepwise":
+        made = make_run(photos, out, device="cuda")
+        made.search_step(0.0)
+        made.hand_over()
+        if out.name == "stepwise":
+            muon = made.optimisers[1]
+            made.network_slope, muon.direction = made.network_slope.action, muon.direction.action
+        for step in range(8):
+            for optimiser in made.optimisers:
+                optimiser.param_groups[0]["lr"] = 1e-3 / (step + 1)
+            made.training_step()
+        made.settle()
+        ends.append([p.detach() for p in made.network.parameters()] + [made.recent[-1][2]])
+        assert bool(getattr(made.network_slope, "graph", None)) == (out.name == "replayed")
+    torch.testing.assert_close(*ends, rtol=1e-3, atol=2e-4)
