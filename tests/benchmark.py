@@ -40,16 +40,16 @@ def synchronize():
 def race(contenders: dict, rounds: int) -> dict:
     """Call each contender once a round; -> seconds, name: (rounds,) array.
 
-    Round 0 warms up and is not counted.
+    The first round warms up and is not counted. On a GPU nor is the second: `Replayed` records.
     """
-    seconds = {name: [] for name in contenders}
-    for i in range(rounds + 1):
+    seconds, uncounted = {name: [] for name in contenders}, 1 + torch.cuda.is_available()
+    for i in range(uncounted + rounds):
         for name, contender in contenders.items():
             synchronize()
             start = time.perf_counter()
             contender()
             synchronize()
-            if i:
+            if i >= uncounted:
                 seconds[name].append(time.perf_counter() - start)
     return {name: np.array(s) for name, s in seconds.items()}
 
