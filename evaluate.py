@@ -93,7 +93,7 @@ def resize_rows(image, scale):
     reach = math.ceil(2 / shrink)
     taps = np.floor(centres).astype(int) + np.arange(-reach, reach + 2)  # (p, taps)
     weights = cubic(shrink * (centres - taps))  # (p, taps)
-    weights /= weights.sum(1, keepdims=True)
+    weights /= weights.sum(1, keepdims=True)  # a grey area stays as grey as it is
     used = (weights != 0).any(0)
     taps, weights = taps[:, used], weights[:, used]
 
@@ -154,6 +154,7 @@ def luma(image):
         raise ValueError("only images of 8 bits are measured: round first, as a file would")
     if image.ndim == 2:
         return image.astype(np.float64)
+    # Red, green, blue: green looks brightest. Together 219, so that white is 235.
     return image @ np.array([65.481, 128.553, 24.966]) / 255 + 16
 
 
@@ -201,6 +202,7 @@ def ssim(a, b, border):
     variances = mean(a * a) - mean_a**2 + mean(b * b) - mean_b**2
     covariance = mean(a * b) - mean_a * mean_b
     c1, c2 = (0.01 * 255)**2, (0.03 * 255)**2  # they keep flat regions from dividing 0 by 0
+    # At every place two factors, each 1 where the windows agree: brightness; contrast and pattern.
     return float(np.mean((2 * mean_a * mean_b + c1) * (2 * covariance + c2)
                          / ((mean_a**2 + mean_b**2 + c1) * (variances + c2))))
 
@@ -240,6 +242,7 @@ def score(upscale, path, scale):
 
     upscale: from uint8 LR (h, w, 3) to uint8 (scale h, scale w, 3).
     """
+    # The photograph is the answer; what the method gets to see is made from it.
     photo = open_photo(path)
     hr = crop_to(np.array(photo.convert("RGB")), scale)
     result = upscale(degrade(hr, scale))
@@ -268,6 +271,7 @@ def compare_with_bicubic(network, title, photos):
     a = network.architecture
     rows = {"bicubic": measure(lambda lr: resize(lr, a.scale), photos, a.scale),
             "ours": measure(lambda lr: super_resolve(network, lr), photos, a.scale)}
+    # Bicubic first: what a network adds to it is what it is worth.
     sizes = {"bicubic": "- | -",
              "ours": f"{a.parameters():,} | {a.multiply_adds() / 1e9:.2f} G"}
     lines = [f"### {title}", "",
