@@ -269,9 +269,9 @@ def measure(upscale, photos, scale):
 def compare_with_bicubic(network, title, photos):
     """A set through bicubic and the network: (Markdown table, {method: rows of `measure`})."""
     a = network.architecture
+    # Bicubic first: what a network adds to it is what it is worth.
     rows = {"bicubic": measure(lambda lr: resize(lr, a.scale), photos, a.scale),
             "ours": measure(lambda lr: super_resolve(network, lr), photos, a.scale)}
-    # Bicubic first: what a network adds to it is what it is worth.
     sizes = {"bicubic": "- | -",
              "ours": f"{a.parameters():,} | {a.multiply_adds() / 1e9:.2f} G"}
     lines = [f"### {title}", "",

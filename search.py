@@ -8,13 +8,12 @@
     torchrun --nproc-per-node 4 search.py --scale 4 ...   # each batch split over four GPUs
 
 Two things are learned in turn (arXiv 2101.06658, section 3.3): the convolutions, and the logits
-that weigh the candidates. A batch from one half of the photographs moves the
-convolutions with the logits fixed, a batch from the other half moves the logits with the
-convolutions fixed (not in the first tenth, the warm-up). Meanwhile `progress` rises from 0 to 1,
-and sparsestmax turns ever more weights into exact zeros, whose branches are no longer computed. At
-progress 1 what is left *is* one network. It walks out of the supernet with its kernels, and with
-the optimiser's memory of them, and goes on training on all photographs, by Muon from there on
-(`KernelMuon`).
+that weigh the candidates. A batch from one half of the photographs moves the convolutions with the
+logits fixed, a batch from the other half moves the logits with the convolutions fixed (not in the
+first tenth, the warm-up). Meanwhile `progress` rises from 0 to 1, and sparsestmax turns ever more
+weights into exact zeros, whose branches are no longer computed. At progress 1 what is left *is* one
+network. It walks out of the supernet with its kernels, and with the optimiser's memory of them, and
+goes on training on all photographs, by Muon from there on (`KernelMuon`).
 
 Both minimise the mean absolute difference between SR and HR; for the logits, `Supernet.penalty`
 adds what the budget demands. A budget is in multiply-adds or milliseconds. Allowed is 80 to 100 %
@@ -148,7 +147,8 @@ class Run:
 
         # a. The convolutions learn from one half of the photographs, the architecture as it stands.
         fixed = Weights(*(w.detach() for w in weights))
-        self.descend("weights", self.loss(net, self.batch(self.data.half_a), fixed, values))
+        loss = self.loss(net, self.batch(self.data.half_a), fixed, values)
+        self.descend("weights", slope(self.learned, loss))
         cost = net.cost(fixed)
         if progress == 0:  # warm-up: what random convolutions say of an architecture is noise, and
             return fixed, cost  # listening to it costs half a step
@@ -156,7 +156,7 @@ class Run:
         # b. The logits learn from the other half, the convolutions as they stand.
         extra = net.penalty(weights, self.target, progress)
         loss = self.loss(net, self.batch(self.data.half_b), weights, values)
-        self.descend("logits", loss + extra)
+        self.descend("logits", slope(net.logits(), loss + extra))
         return fixed, cost
 
     def training_step(self):
@@ -174,12 +174,10 @@ class Run:
         return F.l1_loss(sr.float(), hr)
 
     def descend(self, whose: str, loss: torch.Tensor):
-        """One step down the slope of `loss`. whose: "weights" (the convolutions') or "logits"."""
+        """One step down the `slope` that was taken. whose: "weights" (convolutions) or "logits"."""
         parameters, optimisers = ((self.learned, self.optimisers) if whose == "weights" else
                                   (self.supernet.logits(), [self.logits_optimiser]))
-        if loss.requires_grad:  # (else `network_slope` has been there)
-            slope(parameters, loss)
-        loss = loss.detach().clone()  # (the next replay overwrites it)
+        loss = loss.clone()  # (the next replay overwrites it)
         if WORLD > 1:
             average([p.grad for p in parameters if p.grad is not None] + [loss])
         # Fused Adam skips a step whose `found_inf` is 1: a loss that is not finite changes nothing
@@ -452,7 +450,7 @@ class KernelMuon(torch.optim.Muon):
         torch._foreach_add_([*map(as_matrix, self.kernels)], steps, alpha=rate)
 
     def at_rate_1(self, *gradients):
-        """Muon's step from zero: what is to be added to the kernels, but for the rate."""
+        """Muon's step, from zero. The rate comes later: it changes, and a recording does not."""
         group, = self.param_groups
         for step, gradient in zip(group["params"], gradients):
             step.zero_().grad = as_matrix(gradient)

@@ -148,7 +148,8 @@ def weights_half(run, progress, how="ours"):
     evaluated(run, how)
     with torch.no_grad():
         weights = run.supernet.weights(progress)
-    run.descend("weights", run.loss(run.supernet, run.batch(run.data.whole), weights))
+    loss = run.loss(run.supernet, run.batch(run.data.whole), weights)
+    run.descend("weights", search.slope(run.learned, loss))
 
 
 def whole_step(run, progress, how="ours"):

@@ -290,7 +290,7 @@ def test_what_is_added_to_the_loss_by_hand(photos, tmp_path):
     net.allowed = torch.arange(len(net.space.nodes))
     with torch.no_grad():
         net.gamma += torch.linspace(0, 0.2, len(net.gamma))  # deeper exits weigh more
-    made.loss = lambda *args: torch.zeros(())
+    made.loss = lambda *args: 0 * sum(p.sum() for p in net.parameters())
     made.descend = lambda what, loss: seen.update({what: loss.item()})
     weights, cost = made.search_step(progress)
     gamma, costs = weights.gamma.numpy(), net.exit_costs(weights).detach().numpy()
