@@ -809,14 +809,19 @@ class CommandLine(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     @contextmanager
-    def guard(self, advice=""):
-        """Around the work: what goes wrong there is one line, too. advice: if memory is used up."""
+    def guard(self, advice="", kept=str):
+        """Around the work: what goes wrong there is one line, too.
+
+        advice: what to do where memory is used up. kept(): what a failing disk has left us.
+        """
         with shown():
             try:
                 yield
             except BrokenPipeError:
                 raise  # nobody reads on: see `shown`
-            except (ValueError, OSError) as error:
+            except OSError as error:  # a full disk, a vanished folder
+                self.error(f"{error}{kept()}")
+            except ValueError as error:
                 self.error(error)
             except (MemoryError, RuntimeError) as error:
                 self.error(out_of_memory(error) + advice)

@@ -32,10 +32,8 @@ import json
 import math
 import os
 import platform
-import re
 import shlex
 import sys
-import threading
 import time
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -53,11 +51,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from evaluate import (CommandLine, checked, compare_with_bicubic, is_out_of_memory, load_photos,
-                      means, named, out_of_memory, positive, sample_photo, usable, whole)
+                      means, named, positive, sample_photo, usable, whole)
 from search_space import (SIGNALS, Architecture, Costs, Network, Replayed, Space, alone_in,
                           cost_in_words, counted_costs, draw_architecture, environment, heed,
-                          load_tensors, measured_costs, note, on_signals, save_tensors, shown,
-                          stop, time_network, write_whole)
+                          load_tensors, measured_costs, meet_processes, note, on_signals,
+                          read_budget, save_tensors, stop, time_network, write_whole)
 from sparsestmax import ACTIVATIONS, get_activation
 from supernet import Supernet, Weights, draw_levels, live_choices
 
@@ -87,7 +85,11 @@ RANK, WORLD = 0, 1  # `main` asks the environment
 # --- 1. Schedules ------------------------------------------------------------------------------
 
 def progress_at(step: int, search: int) -> float:
-    """0 during the warm-up, then linear to 1 at the end of the search."""
+    """0 during the warm-up, then linear to 1 at the end of the search.
+
+    >>> [progress_at(step, search=300) for step in (0, 30, 300, 8000)]
+    [0.0, 0.0, 1.0, 1.0]
+    """
     return min(1.0, max(0.0, (step / search - WARM) / (1 - WARM)))
 
 
@@ -96,6 +98,9 @@ def learning_rate_at(step: int, search: int, steps: int) -> float:
 
     Half a cosine down to 1 %, times a linear rise over the search: the supernet learns gently, and
     the found network, which goes on from there, at the full rate.
+
+    >>> [round(learning_rate_at(step, 300, 8000), 2) for step in (0, 150, 300, 4000, 8000)]
+    [0.0, 0.5, 1.0, 0.51, 0.01]
     """
     cosine = (1 + math.cos(math.pi * step / steps)) / 2
     return min(1.0, (step + 1) / search) * (0.01 + 0.99 * cosine)
@@ -198,10 +203,12 @@ class Run:
         found = net.inherit(net.derive(weights, (LEAST * s.budget, s.budget), self.sum))
         memory = net.memory_of(found, self.optimisers[0])
         self.become(found)
+        # Adam goes on with head, tail and biases as if nothing had happened. Muon is new to its
+        # kernels, but it needs no more than a mean gradient, and Adam has one.
         others, muon = self.optimisers
         others.state.update((p, memory[p]) for p in others.param_groups[0]["params"] if p in memory)
         for kernel, matrix in zip(muon.kernels, muon.param_groups[0]["params"]):
-            if kernel in memory:  # both optimisers keep a running mean of the gradient
+            if kernel in memory:
                 muon.state[matrix]["momentum_buffer"] = as_matrix(memory[kernel]["exp_avg"])
         # 2. Quality just before and after, on one batch (PSNR of RGB). Equal, if all weights were
         #    one-hot and within the budget already.
@@ -341,16 +348,20 @@ class Run:
 
     def load(self, state: dict):
         """Go on from a checkpoint. If anything is wrong with it, it raises: drop this Run then."""
+        # 1. Numbers, and what has been noted down so far.
         for name in self.PLAIN:
             setattr(self, name, state[name])
         if self.sum and [w.shape for w in self.sum] != [p.shape for p in self.supernet.logits()]:
             raise ValueError("it is of another space")
+        # 2. After the hand-over: the found network in place of the supernet.
         if "network" in state:
             architecture = Architecture.from_json(state["architecture"])
             # Before memory is taken:
             if architecture.parameters() > sum(p.numel() for p in self.supernet.parameters()):
                 raise ValueError("its network is larger than the supernet")
             self.become(Network(architecture))
+        # 3. Weights, moments, and the state of chance: the next patch is the one that would have
+        #    come.
         for name in self.PARTS:
             if getattr(self, name):
                 getattr(self, name).load_state_dict(state[name])
@@ -445,6 +456,8 @@ class KernelMuon(torch.optim.Muon):
                          weight_decay=0, adjust_lr_fn="match_rms_adamw")
 
     def step(self):
+        # torch's parameters are not our kernels but matrices of zeros: what is left in them after a
+        # step of Muon's *is* the step.
         steps, rate = self.param_groups[0]["params"], self.param_groups[0]["lr"]
         self.direction(*(kernel.grad for kernel in self.kernels))
         torch._foreach_add_([*map(as_matrix, self.kernels)], steps, alpha=rate)
@@ -495,6 +508,7 @@ class Patches:
         self.pairs, self.patch, self.device = pairs, patch, device
         self.scale = pairs[0][1].shape[0] // pairs[0][0].shape[0]
         self.sizes = torch.tensor([lr.shape[:2] for lr, _ in pairs])  # (photographs, 2), of LR
+        # A large photograph has more blocks, so each of its blocks gets less: detail / area.
         details = [torch.from_numpy(detail(*pair)) for pair in pairs]  # (rows, columns) of blocks
         areas = self.sizes.prod(1).tolist()
         # Of all blocks: photograph, row and column (blocks, 3); and chance (blocks,).
@@ -590,13 +604,6 @@ def load_data(s: argparse.Namespace) -> Data:
 
 # --- 4. The command line -----------------------------------------------------------------------
 
-def read_budget(text: str) -> tuple[float, str]:
-    """"18G", "750M", "1.8e10" -> multiply-adds; "80ms" -> milliseconds. A number and its unit."""
-    number, suffix = re.fullmatch("(.*?)(ms|g|m|)", text.lower(), re.DOTALL).groups()
-    value = {"g": 1e9, "m": 1e6}.get(suffix, 1.0) * float(number)
-    return value, "ms" if suffix == "ms" else "multiply-adds"
-
-
 rate = checked(float, lambda r: 0 < r < 1, "a learning rate, a number between 0 and 1")
 budget = checked(read_budget, lambda b: 0 < b[0] < math.inf,
                  "a budget: multiply-adds like 18G or 750M, or milliseconds like 80ms")
@@ -672,6 +679,7 @@ def settings_to_resume(given: dict, out: Path) -> argparse.Namespace:
         raise ValueError(f"{out} holds no run to resume (no {CHECKPOINTS[0]}); start one without "
                          "--resume")
     saved = saved_settings(out / "settings.json")
+    # Code in a file is run only if it is asked for today: the folder may come from anybody.
     if saved["activation"] not in ACTIVATIONS and "activation" not in given:
         raise ValueError("the activation of this run is code in a file; if you want it to run, add "
                          f"--activation {shlex.quote(saved['activation'])}")
@@ -679,6 +687,7 @@ def settings_to_resume(given: dict, out: Path) -> argparse.Namespace:
     def shown(settings, name):
         return (cost_in_words(settings["budget"], settings["unit"]) if name == "budget"
                 else settings[name])
+    # Photographs and device may be others than before; nothing else may.
     moved = {name: given.pop(name) for name in ("data", "device") if name in given}
     different = sorted({"budget" if name == "unit" else name for name in given
                         if given[name] != saved[name]})
@@ -744,7 +753,8 @@ def describe(settings: argparse.Namespace, found: dict) -> dict:
 
 def resumed(settings: argparse.Namespace, out: Path, data: Data) -> Run:
     """The run in `out` as its newest sound checkpoint has it."""
-    # One run on trial: an error here is the fault of the settings, or of a map, not of a file.
+    # One run on trial: an error here is the fault of the settings, or of a map, not of a file. (A
+    # run in milliseconds would have to measure first; its costs are in the checkpoint.)
     get_activation(settings.activation)
     if settings.unit == "multiply-adds":
         Run(settings, out)
@@ -783,29 +793,6 @@ def keep_places(s: argparse.Namespace, out: Path, found: dict):
                                      indent=1) + "\n")
 
 
-def meet_processes(device: str):
-    """Wait for all WORLD processes, in a thread: torch would wait for half an hour, deaf."""
-    def meet():
-        try:
-            # `largest` reduces CPU tensors; left to itself, torch would bring NCCL alone on CUDA.
-            torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in device else
-                                                 "gloo")
-        except Exception as error:
-            failed.append(error)
-    failed, thread = [], threading.Thread(target=meet, daemon=True)
-    thread.start()
-    thread.join(3)
-    if thread.is_alive():
-        print(f"process {RANK} waits for all {WORLD} to meet at {os.environ.get('MASTER_ADDR')}, "
-              f"port {os.environ.get('MASTER_PORT')}", file=sys.stderr)
-    while thread.is_alive():
-        thread.join(0.2)
-        heed()
-    if failed:
-        raise ValueError(f"the {WORLD} processes could not be connected: "
-                         f"{str(failed[0]).splitlines()[0]}")
-
-
 def whole_run(args: argparse.Namespace):
     """From the command line to the table of results."""
     s, out = settings_of(args)
@@ -815,7 +802,7 @@ def whole_run(args: argparse.Namespace):
         if s.unit == "ms" and not args.resume:
             raise ValueError("processes would disturb one another's clocks: begin this run in one "
                              "process, stop it, and go on with torchrun and --resume")
-        meet_processes(s.device)
+        meet_processes(s.device, RANK, WORLD)
     several = WORLD > 1 and s.device == "cuda"  # a GPU for each
     usable(f"cuda:{environment('LOCAL_RANK', 0, WORLD - 1)}" if several else s.device)
     # 1. A run: from its last checkpoint, or a new one. What is impossible ends here, unwritten.
@@ -870,8 +857,12 @@ def main(argv=None):
     if args.activation and args.activation not in ACTIVATIONS:
         way_on += ["--activation", args.activation]
     way_on = f"go on with: {shlex.join(way_on)}"
+
+    def kept():
+        return f"; what is in {out} is whole, {way_on}" if resumable(out) else ""
     SIGNALS.clear()
-    with shown(), on_signals(stop):
+    with on_signals(stop), parser.guard("; begin again with a smaller --batch or --patch, or fewer "
+                                        "photographs", kept):
         try:
             WORLD = environment("WORLD_SIZE", 1, 2 ** 20) if "WORLD_SIZE" in os.environ else 1
             # A lone process may carry the RANK of something else.
@@ -883,16 +874,6 @@ def main(argv=None):
                 print("interrupted; " + (way_on if resumable(out) else "nothing was begun"),
                       file=sys.stderr)
             sys.exit(128 + stopped.args[0])
-        except BrokenPipeError:
-            raise  # nobody reads on: see `shown`
-        except OSError as error:  # a full disk, a vanished folder
-            kept = f"; what is in {out} is whole, {way_on}" if resumable(out) else ""
-            parser.error(f"{error}{kept}")
-        except ValueError as error:
-            parser.error(error)
-        except (MemoryError, RuntimeError) as error:
-            parser.error(f"{out_of_memory(error)}; begin again with a smaller --batch or --patch, "
-                         "or fewer photographs")
         finally:
             SIGNALS.clear()
 

@@ -43,8 +43,10 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import sys
+import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -55,6 +57,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import nn
@@ -132,6 +135,11 @@ class Operation(NamedTuple):
     module(c, d): builds the operation from c to d channels. weights(c, d): how many numbers its
     kernels have; without biases that is also its multiply-adds per pixel. radius: how far, in
     pixels, an output pixel sees.
+
+    >>> {name: operation.weights(24, 24) for name, operation in OPERATIONS.items()}
+    {'skip1x1': 576, 'conv3x3': 5184, 'residual': 10368, 'dws': 5472}
+    >>> OPERATIONS["conv3x3"].weights(24, 8)            # a third of the width, a third of the price
+    1728
     """
     module: Callable[[int, int], nn.Module]
     weights: Callable[[int, int], int]
@@ -228,18 +236,29 @@ class Space:
 
     @cached_property
     def cell_of(self) -> dict[str, int]:
-        """Node -> row of alpha and beta in the supernet, for the nodes that are cells."""
+        """Node -> row of alpha and beta in the supernet, for the nodes that are cells.
+
+        >>> Space(scale=2, cells=2).cell_of
+        {'c': 0, 'cc': 1, 'cuc': 2}
+        """
         return {node: i for i, node in enumerate(n for n in self.nodes if n[-1] == "c")}
 
     @cached_property
     def leaves(self) -> tuple[str, ...]:
-        """The complete paths: those with every cell and every upsampling."""
+        """The complete paths: those with every cell and every upsampling.
+
+        >>> Space(scale=2, cells=2).leaves
+        ('ccu', 'cuc')
+        """
         return tuple(n for n in self.nodes
                      if not any(m.startswith(n) and m != n for m in self.nodes))
 
     @cached_property
     def size(self) -> int:
         """How many different networks the space holds.
+
+        Every cell on a path chooses for itself, so the number of networks that end at an exit is a
+        power of the number of different cells.
 
         >>> Space(scale=2, cells=1, positions=1).size        # exits c and cu, four operations
         8
@@ -256,7 +275,12 @@ class Space:
                             tuple(map(tuple, widths)), self.upsample, self.output)
 
     def random(self, rng: random.Random) -> "Architecture":
-        """A network with a uniformly drawn exit, operations and widths."""
+        """A network with a uniformly drawn exit, operations and widths.
+
+        >>> space, rng = Space(scale=4, channels=24), random.Random(0)
+        >>> [space.random(rng).path for _ in range(3)]
+        ['cuucccc', 'ccccc', 'cucc']
+        """
         path = rng.choice(self.nodes)
         cells = range(path.count("c"))
         return self.architecture(
@@ -323,7 +347,7 @@ class Architecture:
 
     def __post_init__(self):
         check_setting(self)
-        # The path, then one row of operations and of widths for each of its cells.
+        # 1. The path: at scale 4 two upsamplings, at 2 and 3 one.
         path, limit = self.path, len(UPSAMPLINGS[self.scale])
         if not isinstance(path, str) or len(path) > PATH_LIMIT:
             raise ValueError(f'path must be a string like "cccu" of at most {PATH_LIMIT} letters')
@@ -332,6 +356,7 @@ class Architecture:
         if path.count("u") > limit:
             raise ValueError(f"path {path!r} cannot reach scale {self.scale}: it upsamples "
                              f"{path.count('u')} times, at most {limit} allowed")
+        # 2. For each of its cells a row of operations, and one of widths.
         if not len(self.operations) == len(self.widths) == path.count("c"):
             raise ValueError(f"path {path!r} has {path.count('c')} cells, but operations are given "
                              f"for {len(self.operations)} and widths for {len(self.widths)}")
@@ -352,9 +377,22 @@ class Architecture:
         return magnification(self.scale, self.upsample, node)
 
     def layers(self) -> Iterator[Layer]:
-        """From the picture in to the picture out. All that follows is a sum over these."""
+        """From the picture in to the picture out. All that follows is a sum over these.
+
+        >>> a = Architecture(2, 24, "cu", (("conv3x3", "dws"),), ((8,),))
+        >>> for layer in a.layers():
+        ...     print(*layer, layer.weights, layer.weights * layer.m ** 2)   # price of an LR pixel
+         head 3 24 1 648 648
+        c conv3x3 24 8 1 1728 1728
+        c dws 8 24 1 1504 1504
+        cu up 24 24 2 5184 20736
+        cu tail 24 3 2 648 2592
+        """
         nf, cells, m = self.channels, zip(self.operations, self.widths), 1
+        # 1. The head: red, green and blue become nf features.
         yield Layer("", "head", 3, nf, m)
+        # 2. A letter after the other: an upsampling is one layer, a cell as many as it has
+        #    positions.
         for i, letter in enumerate(self.path):
             node = self.path[:i + 1]
             m = self.magnification(node)
@@ -365,6 +403,7 @@ class Architecture:
                 ends = nf, *widths, nf  # a cell begins and ends at full width
                 for name, c, d in zip(names, ends, ends[1:]):
                     yield Layer(node, name, c, d, m)
+        # 3. The tail: three colours for each of the pixels that one pixel still has to become.
         yield Layer(self.path, "tail", nf, 3 * self.remaining ** 2, m)
 
     @property
@@ -387,6 +426,9 @@ class Architecture:
         """No output pixel depends on an LR pixel farther away than this.
 
         It is the overlap that makes a picture enlarged in tiles equal to one enlarged whole.
+
+        >>> Architecture(2, 24, "c", (("residual", "residual"),), ((24,),)).radius
+        6
         """
         radius = 1 + 1.0  # the 3x3 of head and tail
         for layer in self.layers():
@@ -446,7 +488,9 @@ class Up(nn.Module):
 class Tail(nn.Module):
     """What ends a network: 3x3 convolution to 3 remaining^2 channels, shuffled to a larger picture.
 
-    PixelShuffle: Shi et al., arXiv 1609.05158.
+    The shuffle computes nothing. It lays the values that one pixel has in remaining^2 channels side
+    by side, as a square of remaining x remaining pixels (PixelShuffle, Shi et al., arXiv
+    1609.05158). So enlarging costs no more than a convolution at the small size.
     """
     def __init__(self, channels: int, remaining: int):
         super().__init__()
@@ -466,7 +510,12 @@ def enlarge(x: torch.Tensor, scale: int) -> torch.Tensor:
 
 
 class Network(nn.Module):
-    """The plain network: (B, 3, h, w) in [0, 1] -> (B, 3, scale h, scale w), not clipped."""
+    """The plain network: (B, 3, h, w) in [0, 1] -> (B, 3, scale h, scale w), not clipped.
+
+    >>> network = Network(published("B-3"))
+    >>> [type(layer).__name__ for layer in network.body], network(torch.rand(1, 3, 8, 6)).shape
+    (['Cell', 'Cell', 'Up', 'Up'], torch.Size([1, 3, 32, 24]))
+    """
     def __init__(self, architecture: Architecture):
         super().__init__()
         a = self.architecture = architecture
@@ -504,17 +553,22 @@ class Replayed:
         if not inputs[0].is_cuda:
             return self.action(*inputs)
         now = torch.cuda.current_stream()
-        if not self.stream:  # the first call makes what a recording must find: moments, handles
+        # 1. The first call just acts, but on a stream of its own, as torch wants it before a
+        #    recording. It makes what the recording must find: gradients, moments, handles.
+        if not self.stream:
             self.stream = torch.cuda.Stream()
             self.stream.wait_stream(now)
             with torch.cuda.stream(self.stream):
                 result = self.action(*inputs)
             now.wait_stream(self.stream)
             return result
+        # 2. The second one records: kernels are noted down with the addresses they work on, and
+        #    nothing is computed.
         if not self.graph:
             self.graph, self.inputs = torch.cuda.CUDAGraph(), inputs
-            with torch.cuda.graph(self.graph, stream=self.stream):  # records, computes nothing
+            with torch.cuda.graph(self.graph, stream=self.stream):
                 self.result = self.action(*inputs)
+        # 3. New values to the old addresses, and all kernels again.
         for mine, new in zip(self.inputs, inputs):
             mine.copy_(new)
         self.graph.replay()
@@ -562,12 +616,30 @@ def cost_in_words(value: float, unit: str) -> str:
     return f"{value / 1e9:.4g}G multiply-adds" if unit == "multiply-adds" else f"{value:.4g} ms"
 
 
+def read_budget(text: str) -> tuple[float, str]:
+    """What a user writes as a cost -> the number, and its unit. ValueError for anything else.
+
+    >>> read_budget("18G"), read_budget("750M"), read_budget("80ms")
+    ((18000000000.0, 'multiply-adds'), (750000000.0, 'multiply-adds'), (80.0, 'ms'))
+    """
+    number, suffix = re.fullmatch("(.*?)(ms|g|m|)", text.lower(), re.DOTALL).groups()
+    value = {"g": 1e9, "m": 1e6}.get(suffix, 1.0) * float(number)
+    return value, "ms" if suffix == "ms" else "multiply-adds"
+
+
 def counted_costs(space: Space) -> Costs:
-    """Multiply-adds: exact, and the same on any machine."""
+    """Multiply-adds: exact, and the same on any machine.
+
+    >>> conv3x3 = {m: table[1] for m, table in counted_costs(Space(2, 24)).operations.items()}
+    >>> [conv3x3[m][2][2] / 1e9 for m in (1, 2)]         # 24 to 24 channels, before and behind "u"
+    [1.1943936, 4.7775744]
+    """
     nf, widths, lr = space.channels, space.widths, OUTPUT_PIXELS // space.scale ** 2
+    # How many pixels the features have behind an upsampling, and before one.
     pixels = {m: lr * m ** 2 for m in sorted(set(map(space.magnification, space.nodes)))}
+    # Every weight is used once a pixel, so all prices are weights times pixels.
     table = [[[operation.weights(c, d) for d in widths] for c in widths]
-             for operation in OPERATIONS.values()]
+             for operation in OPERATIONS.values()]  # (operations, widths, widths)
     return Costs("multiply-adds", 27.0 * nf * lr,
                  operations={m: (float(n) * np.array(table)).tolist() for m, n in pixels.items()},
                  up={m: 9.0 * nf * nf * n for m, n in pixels.items()},
@@ -622,6 +694,7 @@ def measured_costs(space, device, say=print):
     def time(module, channels, m):
         module = module.to(device, memory_format=torch.channels_last)
         return milliseconds(module, features(channels, m, space.scale, device))
+    # 1. Every part that a network can have, alone.
     nf, widths, scale = space.channels, space.widths, space.scale
     image = features(3, 1, scale, device)
     enlarging = milliseconds(lambda x: enlarge(x, scale), image)
@@ -642,6 +715,7 @@ def measured_costs(space, device, say=print):
         if node[-1] == "u" and m not in costs.up:
             costs.up[m] = time(Up(nf, m // before), nf, before)
 
+    # 2. Whole networks against the sum of their parts: caches, and what lies between parts.
     rng, ratios = random.Random(0), []
     for _ in range(3):
         network = Network(space.random(rng)).to(device, memory_format=torch.channels_last)
@@ -657,7 +731,9 @@ def measured_costs(space, device, say=print):
 
 # --- The published networks --------------------------------------------------------------------
 # As the authors print them: upsample, path, operation ids in the order of OPERATIONS, width ids
-# into (24, 32, 40, 56, 64), parameters in millions, multiply-adds in 1e9 for a 256x256 input.
+# into (24, 32, 40, 56, 64), parameters in millions, multiply-adds in 1e9 for a 256x256 input. They
+# are here as a test of everything above: `python search_space.py` rebuilds them from these digits,
+# and gets the authors' figures.
 PUBLISHED = {
     "B-1": ("plain", "ccc", "30333 30131 20000", "1102 0300 4000", 0.234, 15.35),
     "B-2": ("plain", "cccccu", "00330 32311 10103 33113 31111", "1040 1232 4401 4300 1440",
@@ -690,6 +766,7 @@ def write_whole(path: Path, content: str | Callable[[Path], object], keep: Path 
     file that was there before is kept; one of the two is whole at any moment.
     """
     path = Path(path)
+    # A rename is all or nothing, so write under another name in the same folder, then rename.
     temporary = path.with_name(f".{path.stem}.part{path.suffix}")
     try:
         temporary.write_text(content) if isinstance(content, str) else content(temporary)
@@ -760,7 +837,7 @@ def load_run(run: Path) -> Network:
     return network.eval()
 
 
-# --- One run in its folder ---------------------------------------------------------------------
+# --- One run: its folder, its signals, its processes -------------------------------------------
 
 @contextmanager
 def alone_in(out: Path):
@@ -771,8 +848,9 @@ def alone_in(out: Path):
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: choose another --out")
-    made = [place for place in (out, *out.parents) if not place.exists()]
+    made = [place for place in (out, *out.parents) if not place.exists()]  # innermost first
     out.mkdir(parents=True, exist_ok=True)
+    # A lock that the system keeps, not a file that says "locked": a crash leaves none behind.
     folder = os.open(out, os.O_RDONLY) if fcntl else None
     try:
         if fcntl:
@@ -805,7 +883,9 @@ def on_signals(handler):
     if hang_up and signal.getsignal(hang_up) != signal.SIG_IGN:
         numbers.append(hang_up)
     before = {number: signal.signal(number, handler) for number in numbers}
-    hook = sys.unraisablehook  # would show the exception that Python drops
+    # Python shows an exception that it drops, which would alarm the reader. If it is our own,
+    # nothing is lost: the signal is in SIGNALS.
+    hook = sys.unraisablehook
 
     def unless_ours(dropped):
         if not isinstance(dropped.exc_value, KeyboardInterrupt):
@@ -860,6 +940,34 @@ def environment(name: str, least: int, most: int) -> int:
     return int(text)
 
 
+def meet_processes(device: str, rank: int, world: int) -> None:
+    """Wait until all `world` processes of torchrun are connected. ValueError if they cannot be.
+
+    In a thread of its own: torch would wait for half an hour and not heed a signal.
+    """
+    def meet():
+        try:
+            # Gradients on a GPU go by NCCL, single numbers by gloo; left to itself, torch would
+            # bring NCCL alone.
+            torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in device else
+                                                 "gloo")
+        except Exception as error:
+            failed.append(error)
+    failed, thread = [], threading.Thread(target=meet, daemon=True)
+    thread.start()
+    # Three seconds are enough, if all goes well. Then say whom we wait for, and where.
+    thread.join(3)
+    if thread.is_alive():
+        print(f"process {rank} waits for all {world} to meet at {os.environ.get('MASTER_ADDR')}, "
+              f"port {os.environ.get('MASTER_PORT')}", file=sys.stderr)
+    while thread.is_alive():
+        thread.join(0.2)
+        heed()
+    if failed:
+        raise ValueError(f"the {world} processes could not be connected: "
+                         f"{str(failed[0]).splitlines()[0]}")
+
+
 # --- Its picture -------------------------------------------------------------------------------
 
 # Okabe and Ito's colours, told apart by the colour-blind too.
@@ -876,9 +984,10 @@ def draw_architecture(a: Architecture, axis=None) -> Figure:
     if axis is None:
         figure = Figure(figsize=(max(6, 0.55 * len(layers)), 3), layout="constrained")
         axis = figure.subplots()
+    # x goes on by one bar, and by a gap where the next letter of the path begins.
     x, before = 0, None
     for layer in layers:
-        x += 1 if (layer.node, layer.kind == "tail") == before else 2  # a gap before a cell
+        x += 1 if (layer.node, layer.kind == "tail") == before else 2
         before = layer.node, layer.kind == "tail"
         if layer.m > 1:  # it costs more there
             axis.axvspan(x - 0.5, x + 0.5, color="#FFF3D0", zorder=0, linewidth=0)
