@@ -16,10 +16,10 @@ network. It walks out of the supernet with its kernels, and with the optimiser's
 goes on training on all photographs, by Muon from there on (`KernelMuon`).
 
 Both minimise the mean absolute difference between SR and HR; for the logits, `Supernet.penalty`
-adds what the budget demands. A budget is in multiply-adds or milliseconds. Allowed is 80 to 100 %
-of it, aimed at is the middle, 90 %. Exits that cannot fit are forbidden from the start, and if the
-finished choices miss the budget, `Supernet.derive` changes the least certain of them. So every run
-ends within its budget, as counted or by its table of milliseconds.
+adds what the budget demands. A budget is in multiply-adds or milliseconds. A network may use 80 to
+100 % of it; the target is the middle, 90 %. Exits that cannot fit are forbidden from the start, and
+if the finished choices miss the budget, `Supernet.derive` changes the least certain of them. So
+every run ends within its budget, as counted or by its table of milliseconds.
 
 A run's folder holds settings.json (options, photographs, versions, hardware), history.csv,
 distributions.npz (all weights over time), levels.png, architecture.png, architecture.json,

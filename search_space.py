@@ -403,7 +403,7 @@ class Architecture:
                 ends = nf, *widths, nf  # a cell begins and ends at full width
                 for name, c, d in zip(names, ends, ends[1:]):
                     yield Layer(node, name, c, d, m)
-        # 3. The tail: three colours for each of the pixels that one pixel still has to become.
+        # 3. The tail: three colours for each output pixel that one pixel here is enlarged to.
         yield Layer(self.path, "tail", nf, 3 * self.remaining ** 2, m)
 
     @property

@@ -69,8 +69,8 @@ In words: stay in the face, keep the direction, walk until the distance is right
 
 *Which m?* Take the m largest logits, their q, and its smallest entry s. That 1/m + t s is positive
 says: sparsemax(t z) keeps m or more. If the walk ends with m survivors, this holds at t = t_m.
-Conversely, if it holds at t_m, then m or more are alive there; and should the walk come down to m
-later, its distance is r or more by then, so it never goes below m. Hence: sort, try every m at
+Conversely, if it holds at t_m, then m or more are alive there; and if only m are left at some later
+t, the distance r is reached by then, so the walk ends with m or more. Hence: sort, try every m at
 once, keep the largest that passes. (In the code `last` is s, `t` is t_m, `survives` "passes".)
 
 Digits for z = (.3, .1, -.1), K = 3, r_c = .8165:
@@ -101,8 +101,8 @@ distance is prescribed. That leaves m - 2 directions, so
 
 Conventions
 -----------
-  * Equal logits: if the largest tie, no t need reach r, and every point of the ball's surface in
-    their face solves (*). We take the one towards the *first* of them: K equal logits give
+  * Equal logits: if the largest tie, perhaps no t reaches r; then every point of the ball's surface
+    in their face solves (*). We take the one towards the *first* of them: K equal logits give
     (1-progress) u + progress e_1.
   * A logit of -inf says "not allowed": weight 0, gradient 0, and the row acts as if it had only the
     others (K counts allowed entries). A row with NaN or +inf, or with nothing allowed, is all NaN.

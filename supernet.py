@@ -429,8 +429,8 @@ class Supernet(nn.Module):
     def restrict(self, least: float, target: float, most: float) -> None:
         """Forbid exits that cannot fit, so that they are never computed.
 
-        Allowed is an exit that has a network at or below `target` (or below the cheapest of all,
-        if that is dearer) and one at or above `least`. If the knapsack finds no network from
+        An exit is allowed if its cheapest network costs `target` or less (or is the cheapest of
+        all), and its dearest `least` or more. If the knapsack finds no network from
         `least` to `most` there, all are allowed that can come down to `most`. ValueError, naming
         what is possible, if that leaves nothing.
         """

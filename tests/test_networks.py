@@ -89,6 +89,16 @@ def test_the_table_takes_the_better_of_two_shapes():
     assert field.better_shapes(rows, ["Set5"]) == {"a": 48}
     assert field.table_of(rows, ["Set5"]).splitlines()[2] == (
         "| a | 4 of 48x48 | 1,000 | 2.00 G | 5 | 31.10 ± 0.14 |")
+    assert field.shapes_worth(rows, ["Set5"]) == {("a", 48)}
+
+
+def test_shapes_that_one_seed_does_not_tell_apart_get_all_seeds():
+    rows = [dict(name="a", patch=p, seed=s, Set5_psnr=q) for p, s, q in
+            ((48, 0, 36.98), (24, 0, 36.99))]
+    assert field.shapes_worth(rows, ["Set5"]) == {("a", 24), ("a", 48)}
+    rows.append(dict(name="a", patch=24, seed=1, Set5_psnr=36.2))
+    assert field.shapes_worth(rows, ["Set5"]) == {("a", 24), ("a", 48)}
+    assert field.better_shapes(rows, ["Set5"]) == {"a": 48}  # by the mean
 
 
 def test_the_tables_of_the_claims():
