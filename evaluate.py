@@ -332,7 +332,8 @@ def as_photo(path, folder, scale):
     scales = {digit for found in SCALE.findall(str(inside)) for digit in found if digit}
     rank = (bool(scales - {str(scale)}), LARGE.index(said) if said in LARGE else 0,
             path.with_suffix(""))
-    return Photo(path, tuple(filter(None, names[:-1])), names[-1], said, rank)
+    name = names[-1] or "".join(re.findall(r"\d+", path.stem))  # HR001, HR002 are two pictures
+    return Photo(path, tuple(filter(None, names[:-1])), name, said, rank)
 
 
 def find_photos(folder, scale):
@@ -362,7 +363,8 @@ def find_photos(folder, scale):
     made_of = [(p.path.parent, p.name) for p in kept if version(p.path.stem)[1]]
     kept = [p for p in kept if p.said or not (
         beside.intersection(p.path.parents) or
-        any(p.path.parent == place and p.name.startswith(name) for place, name in made_of))]
+        any(p.path.parent == place and f"{p.name}_".startswith(f"{name}_")
+            for place, name in made_of))]
     # 3. Copies that names do not tell apart: the same but for an ending, as a.png and a_small.png.
     alike = {}
     for p in kept:
@@ -867,8 +869,9 @@ def usable(name):
 
 def is_out_of_memory(error):
     """Does this error say that memory is used up, on any device?"""
+    said = "out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED"
     return (isinstance(error, (MemoryError, torch.OutOfMemoryError))
-            or "allocate memory" in str(error) or "not enough memory" in str(error))
+            or any(words in str(error) for words in said))
 
 
 def out_of_memory(error):

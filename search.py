@@ -605,7 +605,8 @@ def load_data(s: argparse.Namespace) -> Data:
 # --- 4. The command line -----------------------------------------------------------------------
 
 rate = checked(float, lambda r: 0 < r < 1, "a learning rate, a number between 0 and 1")
-budget = checked(read_budget, lambda b: 0 < b[0] < math.inf,
+# (Not above 0 but above 1e-9: costs are divided by a budget.)
+budget = checked(read_budget, lambda b: 1e-9 < b[0] < math.inf,
                  "a budget: multiply-adds like 18G or 750M, or milliseconds like 80ms")
 
 
@@ -771,7 +772,8 @@ def resumed(settings: argparse.Namespace, out: Path, data: Data) -> Run:
                 os.replace(newest, out / DAMAGED)  # or the next save would keep it instead of this
             return run
         except Exception as error:  # zip reader, unpickler, torch: each has its own
-            if is_out_of_memory(error) or isinstance(error, PermissionError):
+            if is_out_of_memory(error) or isinstance(error, (PermissionError,
+                                                             torch.AcceleratorError)):
                 raise  # which says nothing against the file
             if RANK == 0:
                 why = (str(error) or type(error).__name__).splitlines()[0]
@@ -799,6 +801,9 @@ def whole_run(args: argparse.Namespace):
     if s.batch % WORLD:
         raise ValueError(f"--batch {s.batch} cannot be split evenly over {WORLD} processes")
     if WORLD > 1:
+        if s.device.startswith("cuda:"):
+            raise ValueError(f"--device {s.device} is one GPU, and each of the {WORLD} processes "
+                             "wants one of its own: pass --device cuda")
         if s.unit == "ms" and not args.resume:
             raise ValueError("processes would disturb one another's clocks: begin this run in one "
                              "process, stop it, and go on with torchrun and --resume")

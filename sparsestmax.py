@@ -423,7 +423,7 @@ def get_activation(name: str):
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # it is somebody's code: anything may happen
+    except (Exception, SystemExit) as error:  # it is somebody's code: anything may happen
         raise ValueError(f"{file} does not run: {type(error).__name__}: {error}") from error
     activation = getattr(module, function, None)
     if not callable(activation):
@@ -431,9 +431,9 @@ def get_activation(name: str):
     # Try it on shapes that a search has: a budget may leave one exit, few channels two widths.
     for z in (torch.tensor([[.3, .1, -.1], [0., 0., 0.], [9., -9., 0.]]), torch.zeros(2, 4, 5),
               torch.linspace(-2, 2, 55), torch.tensor([[.1, 0.]]), torch.zeros(2, 1)):
-        for progress in (0.0, 0.5, 1.0):
+        for progress in (0.0, 0.25, 0.5, 0.75, 0.9, 1.0):
             try:
-                p = activation(z, progress)
+                p = activation(z.clone().requires_grad_(), progress)
             except Exception as error:
                 fails = ("is not solved yet" if isinstance(error, NotImplementedError) else
                          f"fails as f(logits of shape {tuple(z.shape)}, {progress}): "

@@ -229,7 +229,9 @@ class Supernet(nn.Module):
         """THE place where logits become weights. All others read its result."""
         logits = self.gamma[self.allowed], self.alpha, self.beta
         schedule = min(1.0, LEAD * progress), progress, progress
-        gamma, alpha, beta = map(self.activation, logits, schedule)
+        # (With one position in a cell there is no width to choose: beta is empty.)
+        gamma, alpha, beta = (self.activation(z, t) if z.numel() else z
+                              for z, t in zip(logits, schedule))
         gamma = torch.zeros_like(self.gamma).index_copy(0, self.allowed, gamma)
         return Weights(gamma, alpha, beta)
 
@@ -328,11 +330,11 @@ class Supernet(nn.Module):
         Say that exit i is expected to cost c_i. On a log scale, where twice the target and half of
         it are equally bad, it is off by
 
-            off_i = log(c_i / target) + progress * log(cost if we stopped now / mean cost)
+            off_i = log(c_i / target) + progress * log(cost at progress 1 / mean cost)
 
-        In the end one network is left, and it may cost more or less than the mean of today. The
-        second part, the same for all exits and without gradient, shifts every c_i by that ratio,
-        more and more as progress rises. Then
+        At progress 1 one network is left (if the map decides). Were it that of today's logits, it
+        might cost more or less than the mean does now. The second part, the same for all exits and
+        without gradient, shifts every c_i by that ratio, more and more as progress rises. Then
 
             COST  * sum_i gamma_i off_i^2         moves operations and widths: exits to the target
             PRICE * sum_i gamma_i max(0, off_i)   moves the path: away from what is too dear

@@ -248,6 +248,11 @@ def test_a_map_from_a_file(tmp_path):
     ("def f(z, progress): return z", r"row 0, logits \[0.3, 0.1, -0.1\], has the weight -0.1"),
     ("def f(z, progress): return z.softmax(-1) / 2", r"row 0, .* sums to 0.5 \(0.5 below 1\)"),
     ("def f(z, progress): pass", "no tensor but None"),
+    ("def f(z, progress): z -= 1; return z.softmax(-1)", "in-place operation"),
+    ("import torch\ndef f(z, progress): return torch.from_numpy(z.numpy()).softmax(-1)",
+     "requires grad"),
+    ("def f(z, progress): return z.softmax(-1) * (progress != .75)", "at progress 0.75"),
+    ("import sys; sys.exit()", "does not run: SystemExit"),
     ("def f(z, progress): return z.softmax(-1) / (z - z)", "weight inf")])
 def test_what_is_no_map_is_refused_in_one_line(tmp_path, body, message):
     if body:

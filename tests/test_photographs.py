@@ -110,6 +110,15 @@ def test_photographs_of_like_names_or_sizes_stay(tmp_path):
     assert len(find_photos(tmp_path, 2)[0]) == 16
 
 
+@pytest.mark.parametrize("names", [
+    "HR001 HR002 HR003", "original1 original2 original3", "gt1 gt2 beach", "original beach city",
+    "1_HR 10 11 2", "img_HR img2 imgother", "a_original apple b"])
+def test_names_that_only_look_like_versions(tmp_path, names):
+    for name in names.split():
+        save(dead_leaves(64, RNG), tmp_path / f"{name}.png")
+    assert len(find_photos(tmp_path, 2)[0]) == len(names.split())
+
+
 def test_sets_left_out_hidden_linked_and_small_ones(tmp_path, capsys):
     for k, hr in enumerate(LEAVES):
         save(hr, tmp_path / f"data/Set5/HR/{k}.png")

@@ -467,6 +467,7 @@ def test_a_signal_beside_a_bad_loss_is_heeded(tmp_path, photos, monkeypatch, cap
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."),
+                                   torch.AcceleratorError("CUDA error: out of memory"),
                                    PermissionError(13, "Permission denied")])
 def test_what_says_nothing_against_a_checkpoint_leaves_it(tmp_path, photos, monkeypatch, error):
     out = run(tmp_path / "a", "--data", photos, "--budget", "2G")
@@ -484,6 +485,10 @@ def test_only_memory_is_out_of_memory():
                  "unsupported memory format option Preserve"):
         with pytest.raises(RuntimeError, match=text):
             evaluate.out_of_memory(RuntimeError(text))
+    for text in ("CUDA error: out of memory",
+                 "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+                 "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"):
+        assert "out of memory" in evaluate.out_of_memory(RuntimeError(text))
 
 
 def test_a_name_that_is_too_long_is_one_line(tmp_path):

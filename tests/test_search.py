@@ -156,6 +156,15 @@ def test_a_map_that_decides_at_once_may_find_what_was_never_computed(tmp_path, p
     assert 0.8 * 1.6e9 <= load_run(out).architecture.multiply_adds() <= 1.6e9
 
 
+def test_with_one_position_a_map_sees_no_empty_logits(tmp_path, photos):
+    text = ("import torch\ndef rows(z, progress):\n"
+            "    return torch.stack([row.softmax(-1) for row in z.flatten(0, -2)]).view_as(z) "
+            "if z.dim() > 1 else z.softmax(-1)\n")
+    (tmp_path / "rows.py").write_text(text)
+    run(tmp_path / "a", "--activation", f"{tmp_path}/rows.py:rows", "--data", photos,
+        "--positions", 1, "--budget", "1.6G")
+
+
 @pytest.mark.parametrize("activation", ["sparsestmax", "gumbel"])  # gumbel draws at random
 @pytest.mark.parametrize("kill_at", [[3], [7], [8], [11], [2, 6, 9, 13]])
 def test_resuming_gives_the_same_bits(tmp_path, photos, monkeypatch, activation, kill_at):
@@ -460,6 +469,7 @@ def test_budgets_are_read(text, value, unit):
     ("--scale 5", "scale"), ("--steps 0", "positive"), ("--steps 2.5", "positive"),
     ("--steps 8", "more than --search"), ("--steps 9999999999", "positive"),
     ("--budget 0", "0"), ("--budget 0ms", "0ms"), ("--budget banana", "banana"),
+    ("--budget 1e-322", "1e-322"),
     ("--budget -1G", "budget"), ("--budget nan", "nan"),
     ("--budget 1M", "the smallest of this space has"),
     ("--budget 900G", "the largest of this space has"),
@@ -578,6 +588,10 @@ def test_a_batch_that_cannot_be_split_is_refused(tmp_path, photos, monkeypatch, 
             search.main(arguments)
         error = capsys.readouterr().err
         assert stop.value.code == 2 and "--batch 4 cannot be split evenly over 3" in error
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as stop:
+        search.main([*TINY, *options[:-1], str(tmp_path / "s"), "--device", "cuda:1"])
+    assert stop.value.code == 2 and "pass --device cuda" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
