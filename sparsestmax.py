@@ -119,7 +119,7 @@ Sources
 [4] Jang, Gu & Poole, Categorical Reparameterization with Gumbel-Softmax, ICLR 2017,
     arXiv 1611.01144. In its hard form in Fu et al., AutoGAN-Distiller, ICML 2020, arXiv 2006.08198.
 """
-import importlib.util
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -160,9 +160,8 @@ def sparsestmax(logits, progress=0.0, dim=-1):
     tensor([0.4016, 0.3410, 0.0000, 0.1590, 0.0984])
     """
     def rows(z, progress):
-        allowed = _count_allowed(z)
-        radius2 = progress ** 2 * (1 - 1 / allowed)  # (..., 1)
-        return _Project.apply(z, allowed, radius2, torch.finfo(logits.dtype).eps)[0]
+        radius2 = progress ** 2 * (1 - 1 / _count_allowed(z))  # (..., 1)
+        return _Project.apply(z, radius2, torch.finfo(logits.dtype).eps)[0]
     return _apply(rows, logits, progress, dim)
 
 
@@ -171,13 +170,14 @@ def sparsestmax(logits, progress=0.0, dim=-1):
 class _Project(torch.autograd.Function):
     """Solves (*) for rows in standard form, and hands autograd the Jacobian J.
 
-    z: (..., K); allowed, the K of the text, and radius2 = r^2: (..., 1); eps: that of the caller's
-    dtype, which bounds the slope. Returns p: (..., K), and two tensors that J is made of. One sort,
-    and cumulative sums for all m at once: O(K log K).
+    z: (..., K); radius2 = r^2: (..., 1); eps: that of the caller's dtype, which bounds the slope.
+    Returns p: (..., K), and two tensors that J is made of. One sort, and cumulative sums for all m
+    at once: O(K log K).
     """
 
     @staticmethod
-    def forward(z, allowed, radius2, eps):
+    def forward(z, radius2, eps):
+        allowed = _count_allowed(z)  # (..., 1), the K of the text
         near = torch.finfo(z.dtype).eps  # survivors whose q is shorter than this count as equal
         # A logit 1 below the best gets weight 0 in sparsemax already. So cutting at -2 changes
         # nothing, and keeps large numbers and -inf away.
@@ -237,11 +237,9 @@ class _Project(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient, *_):
-        return _Project.times_jacobian(gradient, *ctx.saved_tensors), None, None, None
+        return _Project.times_jacobian(gradient, *ctx.saved_tensors), None, None
 
-    @staticmethod
-    def jvp(ctx, tangent, *_):
-        return _Project.times_jacobian(tangent, *ctx.saved_tensors), None, None
+    jvp = backward  # as J is symmetric; and there are as many inputs as outputs
 
     @staticmethod
     def vmap(info, dims, *inputs):  # any leading shape will do: put the mapped one first
@@ -322,11 +320,9 @@ def sparsestmax_released(logits, progress=0.0, dim=-1):
     tensor([0.7121, 0.2879, 0.0000])
     """
     def rows(z, progress):
-        allowed, eps = _count_allowed(z), torch.finfo(logits.dtype).eps
-        radius2 = progress ** 2 * (1 - 1 / allowed)  # (..., 1)
-        z = z.masked_fill(_Project.apply(z, allowed, 0 * radius2, eps)[0] == 0, -torch.inf)
-        allowed = _count_allowed(z)
-        return _Project.apply(z, allowed, radius2.clamp(max=1 - 1 / allowed), eps)[0]
+        radius2 = progress ** 2 * (1 - 1 / _count_allowed(z))  # (..., 1)
+        z = z.masked_fill(sparsemax(z) == 0, -torch.inf)
+        return _Project.apply(z, radius2, torch.finfo(logits.dtype).eps)[0]
     return _apply(rows, logits, progress, dim)
 
 
@@ -341,10 +337,7 @@ def sparsemax(logits, progress=0.0, dim=-1):
     >>> sparsemax(torch.tensor([.9, .8, -.5]))
     tensor([0.5500, 0.4500, 0.0000])
     """
-    def rows(z, progress):
-        allowed = _count_allowed(z)
-        return _Project.apply(z, allowed, 0 * allowed, torch.finfo(logits.dtype).eps)[0]
-    return _apply(rows, logits, progress, dim)
+    return _apply(lambda z, progress: sparsestmax(z, 0 * progress), logits, progress, dim)
 
 
 def softmax(logits, progress=0.0, dim=-1):
@@ -419,13 +412,10 @@ def get_activation(name: str):
                          "FILE.py:FUNCTION")
     if not Path(file).is_file():
         raise ValueError(f"there is no file {file}")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        activation = runpy.run_path(file).get(function)
     except (Exception, SystemExit) as error:  # it is somebody's code: anything may happen
         raise ValueError(f"{file} does not run: {type(error).__name__}: {error}") from error
-    activation = getattr(module, function, None)
     if not callable(activation):
         raise ValueError(f"{file} has no function {function}")
     # Try it on shapes that a search has: a budget may leave one exit, few channels two widths.
