@@ -39,6 +39,7 @@ alike.
 """
 import ctypes
 import io
+import itertools
 import json
 import math
 import os
@@ -268,6 +269,18 @@ class Space:
 
     def magnification(self, node: str) -> int:
         return magnification(self.scale, self.upsample, node)
+
+    def parts(self) -> Iterator[tuple[str, int, int, int]]:
+        """The fields kind, c, d and m of every `Layer` that its networks can have.
+
+        (And of an "up" at the size of LR, which only a "plain" space has.)
+        """
+        nf = self.channels
+        yield "head", 3, nf, 1
+        for m in sorted(set(map(self.magnification, self.nodes))):
+            yield from itertools.product(OPERATIONS, self.widths, self.widths, [m])
+            yield "up", nf, nf, m
+            yield "tail", nf, 3 * (self.scale // m) ** 2, m
 
     def architecture(self, path: str, operations, widths) -> "Architecture":
         """The network with this path, and one row of operation names and of widths per cell."""
@@ -583,15 +596,11 @@ class Replayed:
 class Costs:
     """The cost of every part for a 1280x720 output, in one unit: "multiply-adds" or "ms".
 
-    m, the key of the dicts: the part's convolutions work at m times the size of LR.
-    operations[m][k][i][j]: the cost of operation k from width i to width j. tail: an exit, with the
-    bicubic enlargement.
+    parts: {(kind, c, d, m): cost}, the last four fields of a `Layer`, for all of `Space.parts`. The
+    bicubic enlargement is a part of the tail.
     """
     unit: str
-    head: float
-    operations: dict[int, list]
-    up: dict[int, float]
-    tail: dict[int, float]
+    parts: dict[tuple[str, int, int, int], float]
 
     def of(self, a: Architecture) -> float:
         """What `a` costs by this table. Counted, that is `a.multiply_adds()`.
@@ -600,13 +609,7 @@ class Costs:
         >>> counted_costs(Space(scale=2)).of(a) == a.multiply_adds()
         True
         """
-        names, widths, total = list(OPERATIONS), widths_of(a.channels), self.head
-        for _, kind, c, d, m in a.layers():
-            if kind in OPERATIONS:
-                total += self.operations[m][names.index(kind)][widths.index(c)][widths.index(d)]
-            elif kind != "head":
-                total += {"up": self.up, "tail": self.tail}[kind][m]
-        return float(total)
+        return sum(self.parts[layer[1:]] for layer in a.layers())
 
     def words(self, value: float) -> str:
         return cost_in_words(value, self.unit)
@@ -630,20 +633,15 @@ def read_budget(text: str) -> tuple[float, str]:
 def counted_costs(space: Space) -> Costs:
     """Multiply-adds: exact, and the same on any machine.
 
-    >>> conv3x3 = {m: table[1] for m, table in counted_costs(Space(2, 24)).operations.items()}
-    >>> [conv3x3[m][2][2] / 1e9 for m in (1, 2)]         # 24 to 24 channels, before and behind "u"
+    >>> parts = counted_costs(Space(2, 24)).parts
+    >>> [parts["conv3x3", 24, 24, m] / 1e9 for m in (1, 2)]         # before and behind "u"
     [1.1943936, 4.7775744]
     """
-    nf, widths, lr = space.channels, space.widths, OUTPUT_PIXELS // space.scale ** 2
-    # How many pixels the features have behind an upsampling, and before one.
-    pixels = {m: lr * m ** 2 for m in sorted(set(map(space.magnification, space.nodes)))}
+    lr = OUTPUT_PIXELS // space.scale ** 2
     # Every weight is used once a pixel, so all prices are weights times pixels.
-    table = [[[operation.weights(c, d) for d in widths] for c in widths]
-             for operation in OPERATIONS.values()]  # (operations, widths, widths)
-    return Costs("multiply-adds", 27.0 * nf * lr,
-                 operations={m: (float(n) * np.array(table)).tolist() for m, n in pixels.items()},
-                 up={m: 9.0 * nf * nf * n for m, n in pixels.items()},
-                 tail={m: 27.0 * nf * (space.scale // m) ** 2 * n for m, n in pixels.items()})
+    return Costs("multiply-adds", {
+        (kind, c, d, m): float(lr * m ** 2 * Layer("", kind, c, d, m).weights)
+        for kind, c, d, m in space.parts()})
 
 
 def keep_memory():
@@ -691,29 +689,29 @@ def measured_costs(space, device, say=print):
     time / sum. say: called with lines for the reader. Half a minute for a small space on a CPU;
     nothing else should run meanwhile.
     """
-    def time(module, channels, m):
-        module = module.to(device, memory_format=torch.channels_last)
-        return milliseconds(module, features(channels, m, space.scale, device))
-    # 1. Every part that a network can have, alone.
-    nf, widths, scale = space.channels, space.widths, space.scale
-    image = features(3, 1, scale, device)
+    scale, image = space.scale, features(3, 1, space.scale, device)
     enlarging = milliseconds(lambda x: enlarge(x, scale), image)
-    costs = Costs("ms", time(conv(3, nf, 3, bias=True), 3, 1), {}, {}, {})
+
+    def time(kind, c, d, m):
+        factor = UPSAMPLINGS[scale][0] if kind == "up" and m > 1 else 1
+        module = (conv(c, d, 3, bias=True) if kind == "head" else Up(c, factor) if kind == "up" else
+                  Tail(c, scale // m) if kind == "tail" else OPERATIONS[kind].module(c, d))
+        module = module.to(device, memory_format=torch.channels_last)
+        took = milliseconds(module, features(c, m // factor, scale, device))
+        return took + enlarging if kind == "tail" else took
+    # 1. Every part that a network can have, alone.
+    costs = Costs("ms", {})
     say(f"milliseconds of each operation for a 1280x720 output, x{scale}, on {device}, "
         "from a width to the same")
-    for m in sorted(set(map(space.magnification, space.nodes))):
-        costs.operations[m] = []
-        for make, *_ in OPERATIONS.values():  # a table for each: from width c to width d
-            costs.operations[m].append([[time(make(c, d), c, m) for d in widths] for c in widths])
-        x = features(nf, m, scale, device)
-        costs.tail[m] = time(Tail(nf, scale // m), nf, m) + enlarging
-        say(f"  features {x.shape[3]}x{x.shape[2]}".ljust(22) + "".join(f"{w:>9d}" for w in widths))
-        for name, table in zip(OPERATIONS, costs.operations[m]):
-            say(f"    {name:18s}" + "".join(f"{t:9.2f}" for t in np.diagonal(table)))
-    for node in space.nodes:
-        before, m = space.magnification(node[:-1]), space.magnification(node)
-        if node[-1] == "u" and m not in costs.up:
-            costs.up[m] = time(Up(nf, m // before), nf, before)
+    for part in space.parts():
+        costs.parts[part] = time(*part)
+        kind, *_, m = part
+        if kind == "tail":  # the last of this size
+            size = f"  features {1280 * m // scale}x{720 * m // scale}"
+            say(size.ljust(22) + "".join(f"{w:>9d}" for w in space.widths))
+            for name in OPERATIONS:
+                row = [costs.parts[name, w, w, m] for w in space.widths]
+                say(f"    {name:18s}" + "".join(f"{t:9.2f}" for t in row))
 
     # 2. Whole networks against the sum of their parts: caches, and what lies between parts.
     rng, ratios = random.Random(0), []
@@ -723,10 +721,7 @@ def measured_costs(space, device, say=print):
     ratio = float(np.median(ratios))
     say(f"  whole networks take {ratio:.2f} times the sum of their parts ({min(ratios):.2f} to "
         f"{max(ratios):.2f})")
-    costs.head *= ratio
-    for part in costs.operations, costs.up, costs.tail:
-        part |= {m: (ratio * np.array(cost)).tolist() for m, cost in part.items()}
-    return costs
+    return Costs("ms", {part: ratio * cost for part, cost in costs.parts.items()})
 
 
 # --- The published networks --------------------------------------------------------------------

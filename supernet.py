@@ -210,9 +210,11 @@ class Supernet(nn.Module):
         # float64. The cost of exit i is fixed[i] + sum over cells c of on_path[i, c] * cost(c):
         # first what no choice changes (head, tail, upsamplings), then the cells on the way.
         # table: (cells, operations, widths, widths); fixed: (nodes,); on_path: (nodes, cells)
-        table = [costs.operations[at(n)] for n in self.cell_of]
-        fixed = [costs.head + costs.tail[at(n)] +
-                 sum(costs.up[at(m)] for m in nodes if n.startswith(m) and m[-1] == "u")
+        parts, widths, scale = costs.parts, space.widths, space.scale
+        table = [[[[parts[name, c, d, at(n)] for d in widths] for c in widths]
+                  for name in OPERATIONS] for n in self.cell_of]
+        fixed = [parts["head", 3, nf, 1] + parts["tail", nf, 3 * (scale // at(n)) ** 2, at(n)] +
+                 sum(parts["up", nf, nf, at(m)] for m in nodes if n.startswith(m) and m[-1] == "u")
                  for n in nodes]
         on_path = [[n.startswith(m) for m in self.cell_of] for n in nodes]
         for name, numbers in ("table", table), ("fixed", fixed), ("on_path", on_path):
