@@ -48,7 +48,7 @@ import tempfile
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from itertools import permutations
 from pathlib import Path
@@ -421,7 +421,7 @@ def is_small_copy(a, b):
     try:
         ratios = [r for r in (2, 3, 4) if (abs(size(b) - r * size(a)) < r).all()]
         return bool(ratios) and np.abs(glance(a) - glance(b)).mean() < 12  # of 255
-    except (OSError, ValueError, SyntaxError):  # not to be read: named later
+    except Exception:  # not to be read: named later
         return False
 
 
@@ -475,8 +475,8 @@ def can_be_measured(path, scale):
         return False
 
 
-Image.MAX_IMAGE_PIXELS = 2 ** 28  # phones make 200 megapixels
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `open_photo` refuses them itself
+Image.MAX_IMAGE_PIXELS = 2 ** 27  # Pillow refuses twice as many; phones make 200 megapixels
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of as many; we take them
 PngImagePlugin.MAX_TEXT_CHUNK = 2 ** 26  # bytes; a long text in a PNG does no harm
 
 
@@ -491,9 +491,6 @@ def open_photo(path):
         if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would keep us waiting
             raise ValueError("it is not a file")
         with Image.open(path) as image:
-            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise ValueError(f"it claims {image.width}x{image.height} pixels, more than "
-                                 f"{Image.MAX_IMAGE_PIXELS:,}")
             # (A PNG or PGM in mode I has 16 bits; a TIFF really has 32.)
             if image.mode == "F" or image.mode == "I" and image.format == "TIFF":
                 raise ValueError("its values have 32 bits, of unknown range: convert it to 8 bits "
@@ -502,7 +499,9 @@ def open_photo(path):
             info = dict(icc_profile=image.info.get("icc_profile"), deep=";16" in raw,
                         pictures=getattr(image, "n_frames", 1))
             clear = image.info.get("transparency")  # the value that stands for "nothing here"
-            turn_upright(image)
+            image.load()
+            with suppress(Exception):  # of a sound picture with a damaged remark on it
+                ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith("I"):
                 info["deep"], deep = True, np.asarray(image).astype(np.float64)
                 image = Image.fromarray(np.uint8(np.clip(deep / 257 + 0.5, 0, 255)))
@@ -521,14 +520,6 @@ def open_photo(path):
         reason = (getattr(error, "strerror", None) or " ".join(str(error).split())
                   or type(error).__name__)
         raise ValueError(f"cannot read {path} as a picture: {reason}") from error
-
-
-def turn_upright(image):
-    image.load()
-    try:
-        ImageOps.exif_transpose(image, in_place=True)
-    except Exception:  # a sound picture with a damaged remark on it
-        pass
 
 
 def read_photo(path):

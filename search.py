@@ -304,20 +304,15 @@ class Run:
 
         Or if a parameter is not. So no such thing is saved, shown or decided by.
         """
-        if not self.recent:
-            return
-        steps, whoses, losses = zip(*self.recent)
-        losses = torch.stack([torch.as_tensor(x, device=self.device) for x in losses]).tolist()
-        self.recent = list(zip(steps, whoses, losses))
+        self.recent = [(step, whose, float(loss)) for step, whose, loss in self.recent]
         who = "found network" if self.network else "supernet"
         for step, whose, loss in self.recent:
             if not math.isfinite(loss):
                 raise FloatingPointError(f"step {step}: the loss of the {who}'s {whose} is {loss}")
-        names, learned = zip(*(self.network or self.supernet).named_parameters())
-        finite = torch.stack([p.isfinite().all() for p in learned]).tolist()
-        if not all(finite):
-            raise FloatingPointError(f"step {self.step}: the {who}'s {names[finite.index(False)]} "
-                                     "is not finite any more")
+        for name, parameter in (self.network or self.supernet).named_parameters():
+            if not parameter.isfinite().all():
+                raise FloatingPointError(f"step {self.step}: the {who}'s {name} is not finite any "
+                                         "more")
 
     # --- Checkpoints: tensors, numbers and strings only, so loading one runs nobody's code -----
 
