@@ -587,6 +587,7 @@ def fill_with_rubbish(folder: Path, count: int) -> list[str]:
     (folder / "zero.png").write_bytes(b"")
     (folder / "text.jpg").write_text("not a picture")
     (folder / "bomb.png").write_bytes(png(60000, 60000))
+    (folder / "bomb_b.png").write_bytes(png(30000, 30000))  # half of it, by its claim
     (folder / "bomb that is full.png").write_bytes(png(17000, 17000, bytes(17000 * (1 + 2125))))
     (folder / "loop.png").symlink_to("loop.png")
     (folder / "broken link.png").symlink_to("nowhere.png")
