@@ -217,7 +217,8 @@ class Run:
             before, after = net(lr, weights), found(lr)
         psnr = [-10 * torch.log10(F.mse_loss(sr.clamp(0, 1), hr)).item() for sr in (before, after)]
         self.hand_over_report = dict(step=self.step, psnr_supernet=psnr[0], psnr_network=psnr[1],
-                                     largest_difference=(before - after).abs().max().item())
+                                     largest_difference=(before - after).abs().max().item(),
+                                     changed=net.derive(weights) != found.architecture)
 
     def become(self, network: Network):
         """From here on there is this network alone, with fresh optimisers."""
@@ -408,6 +409,7 @@ class Run:
             timed = (f"Timed on its own it takes {took:.4g} ms for a 1280x720 output; the table "
                      f"says {cost:.4g}.\n")
         write("results.json", json.dumps(numbers, indent=1) + "\n")
+        why = " (choices were changed to keep the budget)" if report.get("changed") else ""
         text = (f"{table}\n"
                 f"{self.step} steps: search {self.seconds['search']:.0f} s, "
                 f"training {self.seconds['training']:.0f} s.\n"
@@ -416,7 +418,7 @@ class Run:
                 f"Hand-over at step {report['step']}: the supernet had "
                 f"{report['psnr_supernet']:.2f} dB on a batch, the network "
                 f"{report['psnr_network']:.2f} dB; largest difference "
-                f"{report['largest_difference']:.1e}.\n")
+                f"{report['largest_difference']:.1e}{why}.\n")
         write("results.md", text)
         print(text)
 

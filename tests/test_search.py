@@ -154,6 +154,8 @@ def test_a_map_that_decides_at_once_may_find_what_was_never_computed(tmp_path, p
     out = run(tmp_path / "a", "--activation", f"{tmp_path}/once.py:once", "--data", photos,
               "--budget", "1.6G", "--seed", seed)
     assert 0.8 * 1.6e9 <= load_run(out).architecture.multiply_adds() <= 1.6e9
+    assert json.loads((out / "results.json").read_text())["hand_over"]["changed"]
+    assert "choices were changed to keep the budget" in (out / "results.md").read_text()
 
 
 def test_with_one_position_a_map_sees_no_empty_logits(tmp_path, photos):
@@ -225,6 +227,7 @@ def test_hand_over_is_an_identity_and_keeps_the_optimisers_memory(photos, tmp_pa
     made.hand_over()
     assert type(made.network) is Network and made.network.architecture == wanted
     assert made.hand_over_report["largest_difference"] <= 1e-5
+    assert not made.hand_over_report["changed"]
     adam, muon = made.optimisers
     matrices = dict(zip(map(id, muon.kernels), muon.param_groups[0]["params"]))
     assert len(matrices) + len(adam.param_groups[0]["params"]) == len(made.learned)
