@@ -475,8 +475,10 @@ def can_be_measured(path, scale):
         return False
 
 
-Image.MAX_IMAGE_PIXELS = 2 ** 27  # Pillow refuses twice as many; phones make 200 megapixels
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of as many; we take them
+# Pillow refuses a picture of twice this size, and warns of one above it: no help, as phones make
+# 200 megapixels.
+Image.MAX_IMAGE_PIXELS = 2 ** 27
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 PngImagePlugin.MAX_TEXT_CHUNK = 2 ** 26  # bytes; a long text in a PNG does no harm
 
 
@@ -500,7 +502,7 @@ def open_photo(path):
                         pictures=getattr(image, "n_frames", 1))
             clear = image.info.get("transparency")  # the value that stands for "nothing here"
             image.load()
-            with suppress(Exception):  # of a sound picture with a damaged remark on it
+            with suppress(Exception):  # a damaged remark does not spoil a sound picture
                 ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith("I"):
                 info["deep"], deep = True, np.asarray(image).astype(np.float64)

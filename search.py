@@ -769,8 +769,8 @@ def resumed(settings: argparse.Namespace, out: Path, data: Data) -> Run:
                 os.replace(newest, out / DAMAGED)  # or the next save would keep it instead of this
             return run
         except Exception as error:  # zip reader, unpickler, torch: each has its own
-            if is_out_of_memory(error) or isinstance(error, (PermissionError,
-                                                             torch.AcceleratorError)):
+            elsewhere = PermissionError, torch.AcceleratorError
+            if is_out_of_memory(error) or isinstance(error, elsewhere):
                 raise  # which says nothing against the file
             if RANK == 0:
                 why = (str(error) or type(error).__name__).splitlines()[0]

@@ -434,9 +434,9 @@ class Supernet(nn.Module):
         """Forbid exits that cannot fit, so that they are never computed.
 
         An exit is allowed if its cheapest network costs `target` or less (or is the cheapest of
-        all), and its dearest `least` or more. If the knapsack finds no network from
-        `least` to `most` there, all are allowed that can come down to `most`. ValueError, naming
-        what is possible, if that leaves nothing.
+        all), and its dearest `least` or more. If the knapsack finds no network from `least` to
+        `most` there, all are allowed that can come down to `most`. ValueError, naming what is
+        possible, if that leaves nothing.
         """
         # An exit may pass these bounds and still have no network just within the budget, so the
         # knapsack is asked whether there is one.
