@@ -485,8 +485,9 @@ PngImagePlugin.MAX_TEXT_CHUNK = 2 ** 26  # bytes; a long text in a PNG does no h
 def open_photo(path):
     """A Pillow image in mode L, LA, RGB or RGBA, whatever the file holds, upright as its EXIF says.
 
-    Values of 16 bits become 8 (divided by 257). image.info has "deep": whether there were 16;
-    "pictures": how many the file holds (this is the first); and "icc_profile", if there is one.
+    Values of 16 bits become 8: grey is divided by 257, of colours Pillow keeps the upper 8 bits.
+    image.info has "deep": whether there were 16; "pictures": how many the file holds (this is the
+    first); and "icc_profile", if there is one.
     ValueError if it cannot be read, or has more than 2^28 pixels: a small file may claim any size.
     """
     try:
@@ -739,9 +740,9 @@ def run_export(network, path):
     (B, 3, scale h, scale w), not clipped. To enlarge uint8 RGB `pixels` (h, w, 3) with it:
 
         x = np.float32(pixels).transpose(2, 0, 1)[None] / 255
-        y = torch.export.load("x2.pt2").module()(torch.from_numpy(x)).numpy()        # either
-        y, = onnxruntime.InferenceSession("x2.onnx").run(None, {"lr": x})            # or
-        large = (y[0].clip(0, 1) * 255 + 0.5).astype(np.uint8).transpose(1, 2, 0)    # (s h, s w, 3)
+        y = torch.export.load("x2.pt2").module()(torch.from_numpy(x)).detach().numpy()  # either
+        y, = onnxruntime.InferenceSession("x2.onnx").run(None, {"lr": x})               # or
+        large = (y[0].clip(0, 1) * 255 + 0.5).astype(np.uint8).transpose(1, 2, 0)  # (s h, s w, 3)
     """
     if path.suffix not in EXPORTS:
         raise ValueError(f"{path} must end in .pt2 (torch.export's own format) or .onnx")

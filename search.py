@@ -112,7 +112,8 @@ class Run:
     """One search from the first step to the last.
 
     At any time there is either a supernet with two optimisers (convolutions, logits) or, after the
-    hand-over, a network with one. ValueError for a budget that no network of the space can meet.
+    hand-over, a network with two of its own (`become`). ValueError for a budget that no network of
+    the space can meet.
     """
 
     def __init__(self, settings: argparse.Namespace, out: Path, costs: Costs | None = None):
@@ -834,7 +835,9 @@ def whole_run(args: argparse.Namespace):
             halvings, data = run.halvings + 1, run.data
             if halvings > HALVINGS:
                 raise ValueError(f"{error}; halving the learning rate {HALVINGS} times did not "
-                                 "help: try a lower --rate") from None
+                                 "help: try a lower --rate" + (
+                                     "" if s.activation in ACTIVATIONS else
+                                     f", or look for NaN in {s.activation}")) from None
             vars(run).clear()  # memory need not hold both
             run = resumed(s, out, data)
             run.halvings = halvings

@@ -402,7 +402,8 @@ gumbel.promises = {"one-hot at progress 1"}
 def get_activation(name: str):
     """The map of this name in ACTIVATIONS, or "FILE.py:FUNCTION", which runs that file's code.
 
-    ValueError, in one line: no such name, file or function, or it is no map onto the simplex.
+    ValueError, in one line: no such name, file or function, or it is no map onto the simplex, or
+    none by which a search would learn.
     """
     if name in ACTIVATIONS:
         return ACTIVATIONS[name]
@@ -431,6 +432,20 @@ def get_activation(name: str):
                 raise ValueError(f"{name} {fails}: {error}") from error
             if complaint := off_simplex(z, p):
                 raise ValueError(f"{name} at progress {progress}: {complaint}")
+    # What has weight zero is left out of a step, gradient and all, so a map must not count on it.
+    z = torch.linspace(-2, 2, 55, requires_grad=True)
+    weights = [p for progress in (0.0, 0.25, 0.5) if (p := activation(z, progress)).requires_grad]
+    if not weights:
+        raise ValueError(f"{name}: the weights carry no gradient (detach, NumPy, argmax?), so a "
+                         "search would learn nothing")
+    try:
+        slope, = torch.autograd.grad(sum((z.detach() * p)[p == 0].sum() for p in weights), z,
+                                     materialize_grads=True)
+    except Exception as error:
+        raise ValueError(f"{name}: its gradient fails: {type(error).__name__}: {error}") from error
+    if slope.any() and not getattr(activation, "dense", False):
+        raise ValueError(f"{name}: weights that are zero carry a gradient, which a search leaves "
+                         f"out: add a line {function}.dense = True, and it computes them as well")
     return activation
 
 

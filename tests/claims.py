@@ -10,8 +10,8 @@ Searches of the lesson's space at x2 with a budget of 12G, where paths differ, a
   * the phases: the found network goes on from the search, or begins afresh and then trains for as
     many steps as the other run has in all.
 
-The tables are printed and written beside FILE.csv, as FILE.md. Workers are processes with one
-thread each; seconds are those of one beside the others.
+The tables are printed and written beside FILE.csv, as FILE.md (FILE.json says what they were made
+with). Workers are processes with one thread each; seconds are those of one beside the others.
 """
 import argparse
 import multiprocessing
@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import search
 import supernet
-from chance import CACHE, advance, quality, spread, start, task
+from chance import CACHE, advance, quality, spread, start
 from networks import options, prepare, read, work
 from search_space import write_whole
 from supernet import Supernet, live_choices

@@ -10,12 +10,13 @@ RUN is a folder of search.py. Its network is trained afresh, beside
     SESR-M5 and M11 (arXiv 2103.09404), in RGB, in the shape that they have after training
     residual blocks as one would stack them by hand, of the found network's multiply-adds
 
-with the same photographs, steps, pixels in a step, and recipe (search.py's after the hand-over:
-Muon for the kernels between the first and the last convolution, Adam for the rest), each with 16
-patches of 24x24 and with 4 of 48x48: attention pools over a patch, and may want the larger. Seed 0
-trains each with both, and judges on the first set; the other seeds take the better, or both where
-they are within .05 dB. The table has the shape of the better mean. It is printed, and written
-beside FILE.csv as FILE.md. Workers are processes with one thread each.
+with the same photographs, steps, pixels in a step, and recipe (search.py's after the hand-over,
+in bfloat16: Muon for the kernels between the first and the last convolution, Adam for the rest; it
+was chosen with a found network, and no rival has a rate of its own), each with 16 patches of 24x24
+and with 4 of 48x48: attention pools over a patch, and may want the larger. Seed 0 trains each with
+both, and judges on the first set; the other seeds take the better, or both where they are within
+.05 dB. The table has the shape of the better mean. It is printed, and written beside FILE.csv as
+FILE.md (FILE.json says what it was made with). Workers are processes with one thread each.
 """
 import argparse
 import copy
@@ -34,7 +35,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "notebooks" / "neighbours")]
 import common
 import dlsr
 import search
-from chance import CACHE, advance, by_hand, spread, start, task
+from chance import CACHE, advance, by_hand, spread, start
 from evaluate import means, measure, named
 from networks import options, prepare, read, work
 from search_space import Network, Space, features, load_run, milliseconds, write_whole
@@ -170,7 +171,8 @@ def table_of(rows, sets) -> str:
 def compare(args):
     rows, found = read(args.out, "name", "patch", "seed"), load_run(args.run).architecture
     settings = prepare(args, found.scale, "--patch", max(patch for _, patch in SHAPES), "--search",
-                       max(1, args.steps // 20))  # nobody searches: so long the rate rises
+                       max(1, args.steps // 20),  # nobody searches: so long the rate rises
+                       found=repr(found))
     sets = list(CACHE["sets"])
     with multiprocessing.get_context("fork").Pool(args.workers) as pool:  # who share photographs
         for seeds in range(1), range(1, args.seeds):

@@ -1,15 +1,16 @@
 """A table of trained networks: what a search could have found, looked up instead of trained.
 
-    python tests/networks.py --data DIR --benchmark SETS       # goes on where it was stopped
-    python tests/networks.py --data DIR --benchmark SETS --networks 12 --steps 100 --out try.csv
+    python tests/networks.py --data DIR --benchmark SETS --out t.csv     # goes on where it was
+    python tests/networks.py --data DIR --benchmark SETS --out try.csv --networks 12 --search 20 \
+        --steps 100
 
 240 networks of the lesson's space at x2, each trained alone by one recipe (search.py's, after the
-hand-over, but with 8 patches in a batch: some 90 seconds each): 120 drawn from the whole space
-(`chance`), 60 within 5 % of 12G (`budget`), and 60 that differ in one choice from one of three
-searches' results (`near`, and `found` themselves, with --budget 12G and the seeds 0, 1, 2). The
-first 20 are trained with three seeds, so that the noise is known, and in the end those that seem
-the best of the searches' budget, so that luck is not taken for quality. After every network the
-table is written anew, whole.
+hand-over, but in bfloat16 and with 8 patches in a batch: some 90 seconds each): 120 drawn from the
+whole space (`chance`), 60 within 5 % of 12G (`budget`), and 60 that differ in one choice from one
+of three searches' results (`near`, and `found` themselves: --bfloat16 --budget 12G, the seeds 0, 1,
+2). The first 20 are trained with three seeds, so that the noise is known, and in the end those that
+seem the best of the searches' budget, so that luck is not taken for quality. After every network
+the table is written anew, whole; FILE.json says what it was made with.
 
     group, number           why it is here; networks of one number are one architecture
     path, operations, widths, channels             as in architecture.json; cells apart by "/"
@@ -23,6 +24,7 @@ import argparse
 import csv
 import io
 import itertools
+import json
 import multiprocessing
 import random
 import sys
@@ -43,7 +45,6 @@ from search_space import (OPERATIONS, Architecture, Space, features, millisecond
 
 BUDGET, WITHIN, AGAIN, BEST, BATCH = 12e9, 0.05, 20, 5, 8
 SEARCHES = {name: search.PRESETS["lesson"][name] for name in ("steps", "batch")}
-TABLE = Path(__file__).parent.parent / "notebooks" / "results" / "bench-x2.csv"
 
 
 def near(a: Architecture, space: Space, rng: random.Random) -> Architecture:
@@ -133,16 +134,29 @@ def write(path: Path, rows: list[dict]):
     write_whole(path, text.getvalue())
 
 
-def prepare(args, scale, *options) -> argparse.Namespace:
-    """Settings of search.py for the lesson's recipe, and what the workers will share."""
+def prepare(args, scale, *options, **more) -> argparse.Namespace:
+    """Settings of search.py for the lesson's recipe, and what the workers will share.
+
+    ValueError if the table was begun with other settings, photographs or `more`: FILE.json says.
+    """
     settings, _ = search.settings_of(search.arguments().parse_args([
         "--scale", str(scale), "--preset", "lesson", "--device", "cpu", "--bfloat16", "--data",
         args.data, "--steps", str(args.steps), "--out", str(NOWHERE), *map(str, options)]))
     check_folder_of(args.out)
+    if args.out.suffix != ".csv":
+        raise ValueError(f"--out {args.out} must end in .csv: FILE.json is written beside it")
     CACHE["sets"] = sets_in(args.benchmark, settings.scale)
     torch.set_num_threads(1)
     CACHE["costs"] = search.Run(settings, NOWHERE).costs
     CACHE["data"] = search.load_data(settings)
+    note = args.out.with_suffix(".json")
+    made = dict(steps=args.steps, search=settings.search, benchmark=list(CACHE["sets"]),
+                data=CACHE["data"].found["digest"], **more)
+    before = json.loads(note.read_text()) if args.out.exists() and note.exists() else made
+    if changed := [name for name in made if before.get(name) != made[name]]:
+        raise ValueError(f"{args.out} was begun with another {' and '.join(changed)} (see {note}): "
+                         "choose another --out")
+    write_whole(note, json.dumps(made, indent=1) + "\n")
     return settings
 
 
@@ -181,7 +195,7 @@ def work(pool, jobs, rows, out):
         write(out, rows)
 
 
-def options(program: str, manual: str, steps: int, out: Path | None = None) -> CommandLine:
+def options(program: str, manual: str, steps: int) -> CommandLine:
     """A parser with what networks.py, field.py and claims.py are all asked."""
     parser = CommandLine(prog=program, description=manual.split("\n")[0],
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -191,13 +205,12 @@ def options(program: str, manual: str, steps: int, out: Path | None = None) -> C
         help="sets to measure on")
     add("--steps", type=search.positive, default=steps, help="of each network's training")
     add("--workers", type=search.positive, default=torch.get_num_threads(), help="processes")
-    add("--out", type=Path, required=out is None, default=out, metavar="FILE.csv",
-        help="the table")
+    add("--out", type=Path, required=True, metavar="FILE.csv", help="the table")
     return parser
 
 
 def main(argv=None):
-    parser = options("networks.py", __doc__, steps=3000, out=TABLE)
+    parser = options("networks.py", __doc__, steps=3000)
     add = parser.add_argument
     add("--networks", type=search.positive, default=240, help="how many, beside the found ones")
     add("--search", type=search.positive, default=300, help="steps of the three searches")

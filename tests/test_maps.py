@@ -13,7 +13,9 @@ import pytest
 import torch
 
 import checks
+from search_space import Space
 from sparsestmax import ACTIVATIONS, get_activation
+from supernet import Supernet
 
 ROOT = Path(__file__).parent.parent
 
@@ -253,6 +255,12 @@ def test_a_map_from_a_file(tmp_path):
      "requires grad"),
     ("def f(z, progress): return z.softmax(-1) * (progress != .75)", "at progress 0.75"),
     ("import sys; sys.exit()", "does not run: SystemExit"),
+    ("def f(z, progress): return z.detach().softmax(-1)", "no gradient .* would learn nothing"),
+    ("import torch\ndef f(z, progress): return torch.nn.functional.gumbel_softmax(z, hard=True)",
+     "zero carry a gradient, .* add a line f.dense = True"),
+    ("import torch\nclass F(torch.autograd.Function):\n    @staticmethod\n"
+     "    def forward(ctx, z): return z.softmax(-1)\n"
+     "def f(z, progress): return F.apply(z)", "gradient fails: NotImplementedError"),
     ("def f(z, progress): return z.softmax(-1) / (z - z)", "weight inf")])
 def test_what_is_no_map_is_refused_in_one_line(tmp_path, body, message):
     if body:
@@ -260,6 +268,16 @@ def test_what_is_no_map_is_refused_in_one_line(tmp_path, body, message):
     with pytest.raises(ValueError, match=message) as error:
         get_activation(f"{tmp_path}/maps.py:f")
     assert "\n" not in str(error.value)
+
+
+def test_a_map_whose_zeros_have_a_gradient_says_so(tmp_path):
+    """Else a search would leave them out, and no logit would learn from the picture."""
+    (tmp_path / "maps.py").write_text(
+        "import torch\ndef f(z, progress):\n"
+        "    return torch.nn.functional.gumbel_softmax(z, hard=True)\nf.dense = True\n")
+    net = Supernet(Space(2, 16, 1, 2), get_activation(f"{tmp_path}/maps.py:f"))
+    net(torch.rand(1, 3, 8, 8), net.weights(0.5)).mean().backward()
+    assert all(logits.grad.any() for logits in (net.gamma, net.alpha, net.beta))
 
 
 # --- One call site --------------------------------------------------------------------------------

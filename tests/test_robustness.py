@@ -2,6 +2,7 @@
 
 Kills, full disks, divergence, rubbish, hostile files.
 """
+import argparse
 import csv
 import io
 import json
@@ -313,6 +314,7 @@ def test_bad_options_of_the_comparison_with_chance(tmp_path, photos, options, me
     ("--data nowhere --benchmark {photos} --out a.csv", "nowhere is not a folder"),
     ("--data {photos} --benchmark {photos} --out no/a.csv", "cannot write into the folder no"),
     ("--data {photos} --benchmark {photos} --out {mine}", "is another table"),
+    ("--data {photos} --benchmark {photos} --out a.json", "must end in .csv"),
     ("--data {photos} --benchmark {photos} --out a.csv --workers 0", "whole number"),
     ("--benchmark {photos} --out a.csv", "--data")])
 @pytest.mark.parametrize("main", [networks.main, field.main, claims.main],
@@ -325,6 +327,22 @@ def test_bad_options_of_the_tables_of_trainings(tmp_path, photos, main, options,
     given = options.format(photos=photos, mine=mine).split()
     assert message in refused(main, *[shipped] * (main == field.main), *given)
     assert [*tmp_path.iterdir()] == [mine]
+
+
+def test_a_table_of_trainings_goes_on_only_as_it_was_begun(tmp_path, photos, monkeypatch):
+    """Rows of two trainings in one table would be compared as if they were of one."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    args = argparse.Namespace(data=str(photos), benchmark=[photos], out=tmp_path / "t.csv")
+    for steps in 40, 50, 50:  # before there is a table all may change
+        args.steps = steps
+        networks.prepare(args, 2, "--search", 20)
+    args.out.write_text("a table")
+    networks.prepare(args, 2, "--search", 20)
+    args.steps, before = 40, {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for more in {}, dict(found="another network"):
+        with pytest.raises(ValueError, match="t.csv was begun with another steps"):
+            networks.prepare(args, 2, "--search", 20, **more)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 @pytest.mark.parametrize("options, message", [

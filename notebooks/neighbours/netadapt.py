@@ -23,9 +23,9 @@ convolution costs 9 C w multiply-adds a pixel, in proportion to w.
 its own, drawn afresh. What is dropped are always the last channels, so that narrow layers are the
 leading part of wide ones. One forward and backward pass trains B networks, one for each image, and
 exactly so: loss and gradients are those of the B narrow networks, each on its image
-(tests/test_netadapt.py). With widths 8, 16 and 24 equally likely, the first third of the channels
-learns from all images, the second from 2/3, the last from 1/3.
-(Hence the widest network, whose last channels learn least, need not be the best one of them.)
+(tests/test_netadapt.py). With the widths 0, 8, 16 and 24 equally likely, as here, the first third
+of the channels learns from 3/4 of the images, the second from 1/2, the last from 1/4. (Hence the
+widest network, whose last channels learn least, need not be the best one of them.)
 
 *Several layers per step* (sec. 2.4), the multi-layer coordinate descent. From the current network
 make J samples; for each, L random layers are narrowed together until a target of cost is met. Score
