@@ -433,6 +433,7 @@ def get_activation(name: str):
             if complaint := off_simplex(z, p):
                 raise ValueError(f"{name} at progress {progress}: {complaint}")
     # What has weight zero is left out of a step, gradient and all, so a map must not count on it.
+    # (Tried while a search is young: near the end a map may rightly be a corner, and constant.)
     z = torch.linspace(-2, 2, 55, requires_grad=True)
     weights = [p for progress in (0.0, 0.25, 0.5) if (p := activation(z, progress)).requires_grad]
     if not weights:
