@@ -50,8 +50,9 @@ import torch.distributed
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from evaluate import (CommandLine, checked, compare_with_bicubic, is_out_of_memory, load_photos,
-                      means, named, positive, sample_photo, usable, whole)
+from evaluate import (CommandLine, checked, compare_with_bicubic, emulates_bfloat16,
+                      is_out_of_memory, load_photos, means, named, positive, sample_photo, usable,
+                      whole)
 from search_space import (SIGNALS, Architecture, Costs, Network, Replayed, Space, alone_in,
                           cost_in_words, counted_costs, draw_architecture, environment, heed,
                           load_tensors, measured_costs, meet_processes, note, on_signals,
@@ -658,8 +659,8 @@ def settings_of(args: argparse.Namespace) -> tuple[argparse.Namespace, Path]:
     preset = given.get("preset") or ("full" if device.startswith("cuda") else "lesson")
     s = dict(scale=2, data=None, activation="sparsestmax", seed=0, device=device, preset=preset,
              unit="multiply-adds") | PRESETS[preset] | given
-    if device.startswith("cuda") and "bfloat16" not in given:  # old GPUs emulate it, slowly
-        s["bfloat16"] &= torch.cuda.is_bf16_supported(including_emulation=False)
+    if "bfloat16" not in given:
+        s["bfloat16"] &= not emulates_bfloat16(device)
     if isinstance(s["budget"], dict):
         s["budget"] = s["budget"][s["scale"]]
     # 4. What cannot be.
@@ -808,6 +809,9 @@ def whole_run(args: argparse.Namespace):
         meet_processes(s.device, RANK, WORLD)
     several = WORLD > 1 and s.device == "cuda"  # a GPU for each
     usable(f"cuda:{environment('LOCAL_RANK', 0, WORLD - 1)}" if several else s.device)
+    if RANK == 0 and s.bfloat16 and emulates_bfloat16(s.device):
+        print(f"note: this {s.device} only emulates bfloat16: a step takes far longer than without "
+              "--bfloat16", file=sys.stderr)
     # 1. A run: from its last checkpoint, or a new one. What is impossible ends here, unwritten.
     if args.resume:
         data = load_data(s)

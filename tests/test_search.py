@@ -89,9 +89,20 @@ def test_every_run_keeps_its_budget(tmp_path, photos, scale, activation):
 
 def test_the_full_preset_runs_at_toy_size(tmp_path, photos):
     """Recomputed cells and bfloat16, which the lesson preset leaves out."""
-    out = run(tmp_path / "a", "--preset", "full", "--data", photos, "--budget", "2G")
+    out = run(tmp_path / "a", "--preset", "full", "--data", photos, "--budget", "2G", "--bfloat16")
     settings = json.loads((out / "settings.json").read_text())["settings"]
     assert settings["bfloat16"] and all(p.isfinite().all() for p in load_run(out).parameters())
+
+
+def test_bfloat16_is_for_devices_that_compute_it(tmp_path, photos, capsys, monkeypatch):
+    """Else the preset does without, and who asks for it is told what it costs."""
+    for emulated in (True, False):
+        monkeypatch.setattr(search, "emulates_bfloat16", lambda device: emulated)
+        args = search.arguments().parse_args([*TINY, "--preset", "full", "--out", "runs/none"])
+        assert search.settings_of(args)[0].bfloat16 == (not emulated)
+        out = run(tmp_path / str(emulated), "--data", photos, "--budget", "2G", "--bfloat16")
+        assert json.loads((out / "settings.json").read_text())["settings"]["bfloat16"]
+        assert ("only emulates bfloat16" in capsys.readouterr().err) == emulated
 
 
 def test_one_position_has_no_width_to_choose(tmp_path, photos):
