@@ -864,7 +864,7 @@ def usable(name):
 def emulates_bfloat16(name):
     """Is bfloat16 slower than float32 on this device? On GPUs before Ampere, on many laptops' CPUs.
 
-    (By the word of torch's CPU library; a step in bfloat16 takes ten times as long there.)
+    (Of a CPU only a private function of torch knows; one that emulates takes ten times as long.)
     """
     if name.startswith("cuda"):
         return not torch.cuda.is_bf16_supported(including_emulation=False)

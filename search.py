@@ -659,8 +659,8 @@ def settings_of(args: argparse.Namespace) -> tuple[argparse.Namespace, Path]:
     preset = given.get("preset") or ("full" if device.startswith("cuda") else "lesson")
     s = dict(scale=2, data=None, activation="sparsestmax", seed=0, device=device, preset=preset,
              unit="multiply-adds") | PRESETS[preset] | given
-    if "bfloat16" not in given:
-        s["bfloat16"] &= not emulates_bfloat16(device)
+    if s["bfloat16"] and "bfloat16" not in given:
+        s["bfloat16"] = not emulates_bfloat16(device)
     if isinstance(s["budget"], dict):
         s["budget"] = s["budget"][s["scale"]]
     # 4. What cannot be.
@@ -810,8 +810,8 @@ def whole_run(args: argparse.Namespace):
     several = WORLD > 1 and s.device == "cuda"  # a GPU for each
     usable(f"cuda:{environment('LOCAL_RANK', 0, WORLD - 1)}" if several else s.device)
     if RANK == 0 and s.bfloat16 and emulates_bfloat16(s.device):
-        print(f"note: this {s.device} only emulates bfloat16: a step takes far longer than without "
-              "--bfloat16", file=sys.stderr)
+        print(f"note: this {s.device} only emulates bfloat16, far slower than without --bfloat16",
+              file=sys.stderr)
     # 1. A run: from its last checkpoint, or a new one. What is impossible ends here, unwritten.
     if args.resume:
         data = load_data(s)
