@@ -872,6 +872,13 @@ def emulates_bfloat16(name):
                 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def note_bfloat16(settings):
+    """Tell whoever asks for bfloat16 where it is only emulated; settings: of search.py."""
+    if settings.bfloat16 and emulates_bfloat16(settings.device):
+        print(f"note: this {settings.device} only emulates bfloat16, far slower than without "
+              "--bfloat16", file=sys.stderr)
+
+
 def is_out_of_memory(error):
     """Does this error say that memory is used up, on any device?"""
     said = "out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED"

@@ -51,8 +51,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from evaluate import (CommandLine, checked, compare_with_bicubic, emulates_bfloat16,
-                      is_out_of_memory, load_photos, means, named, positive, sample_photo, usable,
-                      whole)
+                      is_out_of_memory, load_photos, means, named, note_bfloat16, positive,
+                      sample_photo, usable, whole)
 from search_space import (SIGNALS, Architecture, Costs, Network, Replayed, Space, alone_in,
                           cost_in_words, counted_costs, draw_architecture, environment, heed,
                           load_tensors, measured_costs, meet_processes, note, on_signals,
@@ -809,9 +809,8 @@ def whole_run(args: argparse.Namespace):
         meet_processes(s.device, RANK, WORLD)
     several = WORLD > 1 and s.device == "cuda"  # a GPU for each
     usable(f"cuda:{environment('LOCAL_RANK', 0, WORLD - 1)}" if several else s.device)
-    if RANK == 0 and s.bfloat16 and emulates_bfloat16(s.device):
-        print(f"note: this {s.device} only emulates bfloat16, far slower than without --bfloat16",
-              file=sys.stderr)
+    if RANK == 0:
+        note_bfloat16(s)
     # 1. A run: from its last checkpoint, or a new one. What is impossible ends here, unwritten.
     if args.resume:
         data = load_data(s)

@@ -32,7 +32,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import search
 from benchmark import NOWHERE, check_out
-from evaluate import CommandLine, measure, named, sets_in, super_resolve
+from evaluate import CommandLine, measure, named, note_bfloat16, sets_in, super_resolve
 from search_space import Architecture, Network, Space, published, widths_of, write_whole
 from supernet import Weights
 
@@ -174,6 +174,7 @@ def compare(args):
     settings, _ = search.settings_of(args)
     if out:
         check_out(out)
+    note_bfloat16(settings)
     CACHE["sets"] = sets_in(benchmark, settings.scale)
     torch.set_num_threads(1)
     CACHE["costs"] = search.Run(settings, NOWHERE).costs

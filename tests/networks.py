@@ -38,8 +38,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import search
 from benchmark import NOWHERE
 from chance import CACHE, advance, start, task
-from evaluate import (CommandLine, check_folder_of, means, measure, named, sets_in,
-                      super_resolve)
+from evaluate import (CommandLine, check_folder_of, means, measure, named, note_bfloat16,
+                      sets_in, super_resolve)
 from search_space import (OPERATIONS, Architecture, Space, features, milliseconds,
                           write_whole)
 
@@ -145,6 +145,7 @@ def prepare(args, scale, *options, **more) -> argparse.Namespace:
     check_folder_of(args.out)
     if args.out.suffix != ".csv":
         raise ValueError(f"--out {args.out} must end in .csv: FILE.json is written beside it")
+    note_bfloat16(settings)
     CACHE["sets"] = sets_in(args.benchmark, settings.scale)
     torch.set_num_threads(1)
     CACHE["costs"] = search.Run(settings, NOWHERE).costs

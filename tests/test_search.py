@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+import evaluate
 import search
 import search_space
 from benchmark import lean
@@ -97,7 +98,8 @@ def test_the_full_preset_runs_at_toy_size(tmp_path, photos):
 def test_bfloat16_is_for_devices_that_compute_it(tmp_path, photos, capsys, monkeypatch):
     """Else the preset does without, and who asks for it is told what it costs."""
     for emulated in (True, False):
-        monkeypatch.setattr(search, "emulates_bfloat16", lambda device: emulated)
+        for module in search, evaluate:
+            monkeypatch.setattr(module, "emulates_bfloat16", lambda device: emulated)
         args = search.arguments().parse_args([*TINY, "--preset", "full", "--out", "runs/none"])
         assert search.settings_of(args)[0].bfloat16 == (not emulated)
         out = run(tmp_path / str(emulated), "--data", photos, "--budget", "2G", "--bfloat16")
