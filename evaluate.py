@@ -120,9 +120,9 @@ def resize(image, scale):
     array([[  0,   0,   0,  41, 159, 214, 205, 200],
            [  0,   0,   0,  41, 159, 214, 205, 200]], dtype=uint8)
     """
-    scale = Fraction(scale).limit_denominator(1000)
+    scale = Fraction(scale).limit_denominator(1000) if math.isfinite(scale) else 0
     if scale <= 0:
-        raise ValueError("resize: the scale must be above 0")
+        raise ValueError("resize: the scale must be a number above 0")
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.size == 0:
         raise ValueError(f"resize: expected a uint8 image (H, W) or (H, W, C), got {image.dtype} "
                          f"{image.shape}")
@@ -294,7 +294,9 @@ def means(rows):
 # photographs gets a wrong figure. Words in the names of folders and files tell versions apart.
 LARGE = "hr", "highres", "original", "originals", "gt", "gtmod"  # of several the first is taken
 SMALL = re.compile("lr(bi|bic|bd|dn|blur)?|bicubic|lowres|thumb(nail)?s?")
-SCALE = re.compile(r"(?:image_)?srf_?([234])|x([2348])[mdw]?\d?(?![a-z0-9])", re.IGNORECASE)
+# (An x behind another letter is part of a word: "mix2". In "LRbicx2" it is not.)
+SCALE = re.compile(r"(?:image_)?srf_?([234])|(?:(?<![a-z])|(?<=lr|hr|gt|ic|bi|bd|dn|ur))"
+                   r"x([2348])(?:[mdw]\d?)?(?![a-z0-9])", re.IGNORECASE)
 
 
 def version(name):
@@ -356,7 +358,10 @@ def find_photos(folder, scale):
     kept, best = [photo for photo in every if photo.said != "small"], {}
     for p in kept:
         best[p.home, p.name] = min(p.rank, best.get((p.home, p.name), p.rank))
-    kept = [p for p in kept if not p.said or p.rank == best[p.home, p.name]]
+    # (Side by side, tile_x2 and tile_x3 are two pictures, unless there is a tile or tile_HR, too.)
+    kept = [p for p in kept if not p.said or p.rank == (first := best[p.home, p.name]) or
+            p.path.parent == first[-1].parent and first[-1].name != p.name and
+            not version(p.path.stem)[1]]
     # 2. Nothing that lies beside a folder HR, nor what others made of x beside x_HR.png.
     beside = {p.path.parents[1] for p in kept
               if p.path.parent != folder and version(p.path.parent.name) == ("", p.said)}
@@ -368,7 +373,7 @@ def find_photos(folder, scale):
     # 3. Copies that names do not tell apart: the same but for an ending, as a.png and a_small.png.
     alike = {}
     for p in kept:
-        for name in {p.name, re.sub(r"[ _.-](?!\d+$)[^ _.-]+$", "", p.name)}:
+        for name in {p.name, re.sub(r"[ _.-](?!\d+$)[^ _.-]+$|x[2348]$", "", p.name)}:
             alike.setdefault(name.lower(), []).append(p)
     for group in alike.values():
         for small, large in permutations(group, 2) if len(group) < 50 else ():
@@ -485,7 +490,8 @@ PngImagePlugin.MAX_TEXT_CHUNK = 2 ** 26  # bytes; a long text in a PNG does no h
 def open_photo(path):
     """A Pillow image in mode L, LA, RGB or RGBA, whatever the file holds, upright as its EXIF says.
 
-    Values of 16 bits become 8: grey is divided by 257, of colours Pillow keeps the upper 8 bits.
+    Values of 16 bits become 8: grey is divided by 257, of colours, and of grey with alpha, Pillow
+    keeps the upper 8 bits.
     image.info has "deep": whether there were 16; "pictures": how many the file holds (this is the
     first); and "icc_profile", if there is one.
     ValueError if it cannot be read, or has more than 2^28 pixels: a small file may claim any size.
@@ -644,6 +650,8 @@ def run_benchmark(network, run, folders):
     for name, photos in sets_in(folders, scale).items():
         table, rows = compare_with_bicubic(network, f"{name}, x{scale}, {len(photos)} photographs",
                                            photos)
+        if report.exists():  # another process may have measured other sets meanwhile
+            figures = json.loads(report.read_text())
         figures[name] = {method: means(each) for method, each in rows.items()}
         gains = [ours[1] - floor[1] for ours, floor in zip(rows["ours"], rows["bicubic"])]
         best = [photos[k] for k in np.argsort(gains)[::-1][:2]]
@@ -802,7 +810,7 @@ EXPORTS = {".pt2": as_pt2, ".onnx": as_onnx}
 class CommandLine(argparse.ArgumentParser):
     """Mistakes are one line, with status 2 and without the usage."""
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(str(message).splitlines())}\n")
 
     @contextmanager
     def guard(self, advice="", kept=str):

@@ -96,7 +96,8 @@ def test_resize_shapes_and_errors():
     large = picture(700, 650)  # more than one block of rows
     part = evaluate.resize(large[190:410], Fraction(1, 2))[5:105]
     np.testing.assert_array_equal(evaluate.resize(large, Fraction(1, 2))[100:200], part)
-    for image, scale in ((picture(4, 4), 0), (picture(4, 4) / 255, 2), (picture(0, 4), 2)):
+    for image, scale in ((picture(4, 4), 0), (picture(4, 4) / 255, 2), (picture(0, 4), 2),
+                         (picture(4, 4), math.inf), (picture(4, 4), math.nan)):
         with pytest.raises(ValueError):
             evaluate.resize(image, scale)
 
@@ -239,7 +240,7 @@ def test_a_failed_write_leaves_nothing(tmp_path):
 
 
 # --- The command line -----------------------------------------------------------------------------
-def test_benchmark_prints_a_table_and_saves_crops(run, tmp_path, capsys):
+def test_benchmark_prints_a_table_and_saves_crops(run, tmp_path, capsys, monkeypatch):
     (tmp_path / "Tiny/HR").mkdir(parents=True)
     Image.fromarray(picture(60, 50, 3)).save(tmp_path / "Tiny/HR/colour.png")
     Image.fromarray(picture(40, 41)).save(tmp_path / "Tiny/HR/grey.png")
@@ -263,6 +264,14 @@ def test_benchmark_prints_a_table_and_saves_crops(run, tmp_path, capsys):
     assert "### Again, x2, 4 photographs" in out and "red.png is of one colour" in error
     scores = json.loads((run / "benchmark.json").read_text())["Again"].values()
     assert all(math.isfinite(score["psnr"]) for score in scores)
+    measure = evaluate.compare_with_bicubic
+
+    def meanwhile(*args):
+        (run / "benchmark.json").write_text(json.dumps({"Other": means["Tiny"]}))
+        return measure(*args)
+    monkeypatch.setattr(evaluate, "compare_with_bicubic", meanwhile)
+    evaluate.main([str(run), "--benchmark", str(tmp_path / "Tiny")])
+    assert sorted(json.loads((run / "benchmark.json").read_text())) == ["Other", "Tiny"]
     (run / "benchmark.json").write_text("[3")
     with pytest.raises(SystemExit) as stop:
         evaluate.main([str(run), "--benchmark", str(tmp_path)])
@@ -316,6 +325,9 @@ def test_mistakes_are_one_line_and_status_2(run, tmp_path, tmp_path_factory, cap
                            "--benchmark", tmp_path], capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "architecture.json is missing" in done.stderr
+    with pytest.raises(SystemExit):  # as the message of somebody's exception may be
+        evaluate.CommandLine("evaluate.py").error("two\nlines")
+    assert capsys.readouterr().err == "evaluate.py: error: two lines\n"
 
 
 def test_a_network_is_timed_and_exported(run, tmp_path, capsys):

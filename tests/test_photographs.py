@@ -112,11 +112,25 @@ def test_photographs_of_like_names_or_sizes_stay(tmp_path):
 
 @pytest.mark.parametrize("names", [
     "HR001 HR002 HR003", "original1 original2 original3", "gt1 gt2 beach", "original beach city",
-    "1_HR 10 11 2", "img_HR img2 imgother", "a_original apple b"])
+    "1_HR 10 11 2", "img_HR img2 imgother", "a_original apple b", "HR/pix1 HR/pix2 HR/pix3",
+    "HR/tile_x0_y1 HR/tile_x2_y1 HR/tile_x3_y1 HR/tile_x24_y1 HR/tile_x25_y1"])
 def test_names_that_only_look_like_versions(tmp_path, names):
     for name in names.split():
         save(dead_leaves(64, RNG), tmp_path / f"{name}.png")
     assert len(find_photos(tmp_path, 2)[0]) == len(names.split())
+
+
+def test_sets_whose_names_end_in_x2_are_two(tmp_path):
+    for name in "mix2/a", "mix3/b", "Set5x2/HR/a", "LRbicx2/a":
+        save(dead_leaves(64, RNG), tmp_path / f"{name}.png")
+    sets = {name: len(paths) for name, paths in sets_in([tmp_path], 2).items()}
+    assert sets == {"mix2": 1, "mix3": 1, "Set5": 1}
+
+
+def test_of_a_folder_hr_with_copies_by_scale_the_photograph_stays(tmp_path):
+    for name in "a", "a_x2", "b_HR_x2", "b_HR":
+        save(dead_leaves(64, RNG), tmp_path / f"HR/{name}.png")
+    assert [p.path.stem for p in find_photos(tmp_path, 2)[0]] == ["a", "b_HR"]
 
 
 def test_sets_left_out_hidden_linked_and_small_ones(tmp_path, capsys):
