@@ -205,7 +205,7 @@ class Run:
         found = net.inherit(net.derive(weights, (LEAST * s.budget, s.budget), self.sum))
         memory = net.memory_of(found, self.optimisers[0])
         self.become(found)
-        # Adam goes on with head, tail and biases as if nothing had happened. Muon is new to its
+        # Adam goes on with what stays its own as if nothing had happened. Muon is new to its
         # kernels, but it needs no more than a mean gradient, and Adam has one.
         others, muon = self.optimisers
         others.state.update((p, memory[p]) for p in others.param_groups[0]["params"] if p in memory)

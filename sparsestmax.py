@@ -402,8 +402,8 @@ gumbel.promises = {"one-hot at progress 1"}
 def get_activation(name: str):
     """The map of this name in ACTIVATIONS, or "FILE.py:FUNCTION", which runs that file's code.
 
-    ValueError, in one line: no such name, file or function, or it is no map onto the simplex, or
-    none by which a search would learn.
+    ValueError: no such name, file or function, or it is no map onto the simplex, or none by which a
+    search would learn.
     """
     if name in ACTIVATIONS:
         return ACTIVATIONS[name]

@@ -251,12 +251,15 @@ class Supernet(nn.Module):
 
         Shapes as in Weights, but beta with the cells' ends: (cells, positions + 1, widths). A GPU
         is waited for here and nowhere else in a step. dense: all of them read as 1/2, neither dead
-        nor decided, so nothing is skipped. For maps whose zeros have a gradient, and for tests.
+        nor decided, so nothing is skipped; for tests. So for maps whose zeros have a gradient, but
+        that exits which are forbidden stay zero.
         """
         parts = weights.gamma, weights.alpha, self.with_ends(weights.beta)
         numbers = torch.cat([w.detach().flatten() for w in parts]).cpu().numpy()  # one transfer
         if dense or getattr(self.activation, "dense", False):
             numbers = np.full_like(numbers, 0.5)
+            if not dense:
+                numbers[np.setdiff1d(np.arange(len(self.gamma)), self.allowed.cpu())] = 0
         pieces = np.split(numbers, np.cumsum([w.numel() for w in parts[:-1]]))
         return Weights(*(piece.reshape(w.shape) for piece, w in zip(pieces, parts)))
 

@@ -245,6 +245,22 @@ def test_forbidden_exits_get_no_weight():
         assert gamma[net.allowed].sum() == pytest.approx(1) and gamma.sum() == pytest.approx(1)
 
 
+def test_forbidden_exits_are_not_computed():
+    """Not even for a map whose zeros have a gradient: at an exit without a logit there is none."""
+    outcomes = []
+    for dense in True, False:
+        net = make(Space(2, 24, 3, 2), "gumbel")
+        net.restrict(2.4e9, 2.7e9, 3e9)
+        called = []
+        for name, module in net.body.named_children():
+            module.register_forward_hook(lambda *_, name=name, called=called: called.append(name))
+        outcomes.append(outcome(net, 0.5, dense))
+    allowed = [net.space.nodes[exit] for exit in net.allowed]
+    assert set(called) == {node for node in net.space.nodes
+                           if any(path.startswith(node) for path in allowed)} < set(net.space.nodes)
+    torch.testing.assert_close(*outcomes)
+
+
 def test_a_map_sees_only_the_exits_that_are_allowed():
     """So a map of a student's need not know what -inf means."""
     seen = []
