@@ -683,14 +683,15 @@ def settings_to_resume(given: dict, out: Path) -> argparse.Namespace:
     saved = saved_settings(out / "settings.json")
     # Code in a file is run only if it is asked for today: the folder may come from anybody.
     if saved["activation"] not in ACTIVATIONS and "activation" not in given:
-        raise ValueError("the activation of this run is code in a file; if you want it to run, add "
+        raise ValueError("this run's activation is code in a file: to run it, add "
                          f"--activation {shlex.quote(saved['activation'])}")
 
-    def shown(settings, name):
-        return (cost_in_words(settings["budget"], settings["unit"]) if name == "budget"
-                else settings[name])
-    # Photographs and device may be others than before; nothing else may.
+    def shown(s, name):
+        return cost_in_words(s["budget"], s["unit"]) if name == "budget" else s[name]
+    # Photographs and device may be others now, and a map's file may have moved.
     moved = {name: given.pop(name) for name in ("data", "device") if name in given}
+    if Path(given.get("activation", "")).name == Path(saved["activation"]).name:
+        moved["activation"] = given.pop("activation")
     different = sorted({"budget" if name == "unit" else name for name in given
                         if given[name] != saved[name]})
     if different:
@@ -708,7 +709,7 @@ def saved_settings(path: Path) -> dict:
     def refuse(message):
         raise ValueError(message)
     try:
-        # Spell them as options, have these parsed and checked, and see whether the same comes out.
+        # Spell them as options, parse these, and see if the same comes out.
         saved, parser = json.loads(path.read_text())["settings"], arguments()
         parser.error = refuse
         options = [f"--{name}={value}" for name, value in saved.items()
@@ -755,8 +756,8 @@ def describe(settings: argparse.Namespace, found: dict) -> dict:
 
 def resumed(settings: argparse.Namespace, out: Path, data: Data) -> Run:
     """The run in `out` as its newest sound checkpoint has it."""
-    # One run on trial: an error here is the fault of the settings, or of a map, not of a file. (A
-    # run in milliseconds would have to measure first; its costs are in the checkpoint.)
+    # One run on trial: an error here is due to settings or map, not to a file. (Costs in
+    # milliseconds are in the checkpoint.)
     get_activation(settings.activation)
     if settings.unit == "multiply-adds":
         Run(settings, out)

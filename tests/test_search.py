@@ -171,6 +171,20 @@ def test_a_map_that_decides_at_once_may_find_what_was_never_computed(tmp_path, p
     assert "choices were changed to keep the budget" in (out / "results.md").read_text()
 
 
+def test_a_run_goes_on_with_a_map_whose_file_has_moved(tmp_path, photos):
+    text = "def soft(z, progress):\n    return (z / (1.01 - progress)).softmax(-1)\n"
+    (tmp_path / "here.py").write_text(text)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there/here.py").write_text(text)
+    out = run(tmp_path / "a", "--activation", f"{tmp_path}/here.py:soft", "--data", photos,
+              "--budget", "1.6G")
+    moved = f"{tmp_path}/there/here.py:soft"
+    search.main(["--resume", "--out", str(out), "--activation", moved])
+    assert json.loads((out / "settings.json").read_text())["settings"]["activation"] == moved
+    with pytest.raises(SystemExit):  # another map is refused
+        search.main(["--resume", "--out", str(out), "--activation", "softmax"])
+
+
 def test_with_one_position_a_map_sees_no_empty_logits(tmp_path, photos):
     text = ("import torch\ndef rows(z, progress):\n"
             "    return torch.stack([row.softmax(-1) for row in z.flatten(0, -2)]).view_as(z) "
