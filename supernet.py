@@ -259,7 +259,7 @@ class Supernet(nn.Module):
         if dense or getattr(self.activation, "dense", False):
             numbers = np.full_like(numbers, 0.5)
             if not dense:
-                numbers[np.setdiff1d(np.arange(len(self.gamma)), self.allowed.cpu())] = 0
+                numbers[np.setdiff1d(np.arange(len(weights.gamma)), self.allowed.cpu())] = 0
         pieces = np.split(numbers, np.cumsum([w.numel() for w in parts[:-1]]))
         return Weights(*(piece.reshape(w.shape) for piece, w in zip(pieces, parts)))
 

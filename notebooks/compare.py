@@ -68,7 +68,7 @@ def read_run(run):
                     raise ValueError(f"{len(weights)} {level} at {len(steps)} steps")
                 if weights.size:  # with one position there is no inner width
                     curves[level] = entropy(weights), alive(weights)
-        return dict(settings=dict(settings), activation=str(settings["activation"]),
+        return dict(run=run, settings=dict(settings), activation=str(settings["activation"]),
                     scale=settings["scale"], steps=steps, curves=curves,
                     quality={name: float(each["ours"]["psnr"]) for name, each in quality.items()},
                     cost=load_run(run).architecture.multiply_adds() / 1e9,
@@ -87,6 +87,12 @@ def comparable(runs):
         raise ValueError("the runs are not measured on the same photographs: --benchmark them all, "
                          "or none")
     for run in runs:
+        twice = [str(other["run"]) for other in runs
+                 if all(other["settings"][key] == run["settings"][key]
+                        for key in ("activation", "seed"))]
+        if len(twice) > 1:
+            raise ValueError(f"{' and '.join(twice)} are of the same activation and seed, so tell "
+                             "nothing of chance: leave out one, or search with another --seed")
         different = [f"--{name}" for name, value in first["settings"].items()
                      if name not in ("activation", "seed", "device")
                      and run["settings"].get(name) != value]

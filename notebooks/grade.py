@@ -24,7 +24,7 @@ For all that the checks say to one student, as that student can see it (seed 7, 
 not done in its time is ended, with all processes it has begun. But no time limit keeps a program
 from your files, from leaving the group of processes that is ended (setsid), or from meddling with
 the checks beside it: read the hand-ins in which `grep -l "checks\\|test_maps\\|pytest"` finds
-something.
+something. (And those with `numpy` in them: task 2 forbids loops, and sees those of torch alone.)
 """
 import csv
 import io

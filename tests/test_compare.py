@@ -28,6 +28,7 @@ def test_runs_are_compared(tmp_path, photos, capsys):
     other = run(tmp_path / "x3", "--scale", 3, "--budget", "1.6G")
     for main, arguments, message in [(compare.main, [tmp_path], "no finished run"),
                                      (compare.main, [runs[0], other], "--scale"),
+                                     (compare.main, [*runs, runs[1]], "same activation and seed"),
                                      (evaluate.main, ["--time"], "required: RUN"),
                                      (evaluate.main, ["--benchmark", "x"], "required: RUN")]:
         capsys.readouterr()

@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import os
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -322,6 +323,7 @@ def load(path):
     """
     spec = importlib.util.spec_from_file_location("my_map", path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules["my_map"] = module  # dataclasses look there
     spec.loader.exec_module(module)
     for name in "annealed_softmax", "entmax15":
         if hasattr(module, name):  # a file may hold one task only
@@ -364,6 +366,13 @@ def test_a_file_may_hold_one_task_only(tmp_path):
     (tmp_path / "my_map.py").write_text(text)
     promises = load(tmp_path / "my_map.py").my_map.promises
     assert promises == {"deterministic", "one-hot at progress 1"}
+
+
+def test_a_file_may_hold_a_dataclass(tmp_path):
+    text = ("from __future__ import annotations\nfrom dataclasses import dataclass\n\n\n"
+            "@dataclass\nclass Schedule:\n    end: float = 1\n")
+    (tmp_path / "my_map.py").write_text(text)
+    assert load(tmp_path / "my_map.py").Schedule().end == 1
 
 
 @checks.in_words
