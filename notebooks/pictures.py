@@ -10,6 +10,7 @@ All of them draw on a matplotlib axis that they are handed; only `animate` write
 Pictures of a run's results (`draw_architecture`, `draw_levels`) are in the modules.
 """
 import csv
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -107,9 +108,11 @@ def draw_tree(axis, space: Space):
     A line is as thick as what it leads to costs, the mean over all choices. In a small tree this
     is written on it, for a 1280x720 output.
     """
-    position = np.mean([operation.weights(c, d) for operation in OPERATIONS.values()
-                        for c in space.widths for d in space.widths])
-    weights = {"c": space.positions * position, "u": 9 * space.channels ** 2}  # each used per pixel
+    full = [space.channels]  # a cell begins and ends at full width
+    sides = [full, *[space.widths] * (space.positions - 1), full]
+    cell = sum(np.mean([operation.weights(c, d) for operation in OPERATIONS.values()
+                        for c in before for d in after]) for before, after in pairwise(sides))
+    weights = {"c": cell, "u": 9 * space.channels ** 2}  # each used per pixel
     places, lr_pixels = tree_layout(space), OUTPUT_PIXELS // space.scale ** 2
     for node, (x, y) in places.items():
         m = space.magnification(node)
