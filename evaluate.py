@@ -829,6 +829,8 @@ class CommandLine(argparse.ArgumentParser):
                 self.error(error)
             except (MemoryError, RuntimeError) as error:
                 self.error(out_of_memory(error) + advice)
+            except KeyboardInterrupt:  # Ctrl-C; a run of search.py has more to say, and says it
+                self.exit(130, "interrupted\n")
 
 
 def named(text):

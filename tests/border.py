@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from evaluate import means, measure, sets_in
+from evaluate import CommandLine, means, measure, sets_in
 from search_space import load_run
 
 
@@ -28,13 +28,13 @@ def continued(network, lr, mode):
     return sr.permute(1, 2, 0).numpy()
 
 
-def main(sets, *runs):
+def table(sets, runs):
     flat = np.full((40, 40, 3), (255, 0, 60), np.uint8)
     print("run        beyond      Set5    Set14   flat colour")
     for run in runs:
         network = load_run(run)
         scale = network.architecture.scale
-        photos = sets_in([Path(sets, name) for name in ("Set5", "Set14")], scale)
+        photos = sets_in([sets / name for name in ("Set5", "Set14")], scale)
         for mode in None, "edge", "reflect", "symmetric":
             dB = [means(measure(lambda lr: continued(network, lr, mode), files, scale))["psnr"]
                   for files in photos.values()]
@@ -43,5 +43,14 @@ def main(sets, *runs):
                   f"{off:4d} levels")
 
 
+def main(argv=None):
+    parser = CommandLine(prog="border.py", description=__doc__.split("\n")[0])
+    parser.add_argument("sets", type=Path, metavar="SETS", help="has folders Set5 and Set14")
+    parser.add_argument("runs", type=Path, metavar="RUN", nargs="+", help="folders of search.py")
+    args = parser.parse_args(argv)
+    with parser.guard():
+        table(args.sets, args.runs)
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

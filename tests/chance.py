@@ -19,8 +19,12 @@ import itertools
 import multiprocessing
 import platform
 import random
+import signal
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -116,12 +120,15 @@ def chosen(settings, seed, architectures, seconds) -> int:
 
 # --- The others -----------------------------------------------------------------------------------
 
-def random_networks(space: Space, cost: float, rng: random.Random, within=0.05):
-    """RANDOM different networks of about this cost; ValueError if so many do not come up."""
+def random_networks(space: Space, cost: float, rng: random.Random, within=0.05, but=None):
+    """RANDOM different networks of about this cost; ValueError if so many do not come up.
+
+    but: an Architecture that is none of them.
+    """
     found = {}
     for _ in range(1_000_000):
         a = space.random(rng)
-        if abs(a.multiply_adds() / cost - 1) < within:
+        if a != but and abs(a.multiply_adds() / cost - 1) < within:
             found[a] = None
         if len(found) == RANDOM:
             return list(found)
@@ -165,8 +172,27 @@ def task(arguments):
     return function(*rest)
 
 
+@contextmanager
+def forks(workers: int):
+    """A pool of processes that share this one's photographs, and end with it.
+
+    ValueError if one is killed, as the system does when memory runs out.
+    """
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), signal.signal,
+                               (signal.SIGINT, signal.SIG_IGN))  # Ctrl-C is for this one alone
+    try:
+        yield pool
+    except BrokenProcessPool as error:
+        raise ValueError("a worker was killed, perhaps for want of memory: try fewer --workers"
+                         ) from error
+    finally:
+        for child in multiprocessing.active_children():
+            child.terminate()
+        pool.shutdown(cancel_futures=True)
+
+
 def compare(args):
-    """All searches, all networks, the tables. What cannot be is found before the work."""
+    """All searches, all networks, the tables. What cannot be is found before the work, mostly."""
     benchmark, seeds, workers, out = args.benchmark, range(args.seeds), args.workers, args.out
     for name in ("benchmark", "seeds", "workers"):  # the others are search.py's
         delattr(args, name)
@@ -185,13 +211,13 @@ def compare(args):
         random_networks(space, 0.9 * settings.budget, random.Random(0), 0.17)
     rows = {}  # name -> one list of PSNRs for each seed
 
-    with multiprocessing.get_context("fork").Pool(workers) as pool:  # who share the photographs
+    with forks(workers) as pool:
         jobs = [(searched, settings, seed) for seed in seeds]
-        found = list(tqdm(pool.imap(task, jobs), total=len(jobs), desc="searches"))
+        found = list(tqdm(pool.map(task, jobs), total=len(jobs), desc="searches"))
         jobs, randoms, contenders = [], [], {}
         for seed, (a, _, psnr) in zip(seeds, found):
             rows.setdefault("found: search, then training", []).append(psnr)
-            randoms.append(random_networks(space, a.multiply_adds(), random.Random(seed)))
+            randoms.append(random_networks(space, a.multiply_adds(), random.Random(seed), but=a))
             contenders[seed] = {"found, trained afresh": a}
             contenders[seed] |= {f"random {i + 1}": r for i, r in enumerate(randoms[-1])}
             contenders[seed] |= {
@@ -201,7 +227,7 @@ def compare(args):
             jobs += [(trained, settings, seed, b) for b in contenders[seed].values()]
         jobs += [(chosen, settings, seed, each, f[1])
                  for seed, each, f in zip(seeds, randoms, found)]
-        done = iter(list(tqdm(pool.imap(task, jobs), total=len(jobs), desc="networks")))
+        done = iter(list(tqdm(pool.map(task, jobs), total=len(jobs), desc="networks")))
     for seed in seeds:
         for name in contenders[seed]:
             rows.setdefault(name, []).append(next(done))

@@ -14,7 +14,6 @@ The tables are printed and written beside FILE.csv, as FILE.md (FILE.json says w
 with). Workers are processes with one thread each; seconds are those of one beside the others.
 """
 import argparse
-import multiprocessing
 import sys
 from pathlib import Path
 
@@ -23,7 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import search
 import supernet
-from chance import CACHE, advance, quality, spread, start
+from chance import CACHE, advance, forks, quality, spread, start
 from networks import options, prepare, read, work
 from search_space import write_whole
 from supernet import Supernet, live_choices
@@ -112,7 +111,7 @@ def compare(args):
     rows = read(args.out, "name", "lost", "seed")
     settings = prepare(args, 2, "--budget", "12G", "--search", args.search)
     done = {(row["name"], int(row["seed"])) for row in rows}
-    with multiprocessing.get_context("fork").Pool(args.workers) as pool:  # who share photographs
+    with forks(args.workers) as pool:
         work(pool, [(trials, settings, name, seed) for seed in range(args.seeds)
                     for name in (*MAPS, *ORDERS) if (name, seed) not in done], rows, args.out)
     text = tables_of(read(args.out), list(CACHE["sets"]))

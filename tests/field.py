@@ -21,7 +21,6 @@ FILE.md (FILE.json says what it was made with). Workers are processes with one t
 import argparse
 import copy
 import itertools
-import multiprocessing
 import sys
 from pathlib import Path
 
@@ -35,7 +34,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "notebooks" / "neighbours")]
 import common
 import dlsr
 import search
-from chance import CACHE, advance, by_hand, spread, start
+from chance import CACHE, advance, by_hand, forks, spread, start
 from evaluate import means, measure, named
 from networks import options, prepare, read, work
 from search_space import Network, Space, features, load_run, milliseconds, write_whole
@@ -138,8 +137,10 @@ def shapes(rows, sets) -> dict:
 
 
 def better_shapes(rows, sets) -> dict:
-    """{name: side of the patches with the better mean}"""
-    return {name: max(each, key=each.get) for name, each in shapes(rows, sets).items()}
+    """{name: side of the patches with the better mean}, of those that all seeds have tried"""
+    worth = shapes_worth(rows, sets)
+    return {name: max((patch for patch in each if (name, patch) in worth), key=each.get)
+            for name, each in shapes(rows, sets).items()}
 
 
 def shapes_worth(rows, sets) -> set:
@@ -174,7 +175,7 @@ def compare(args):
                        max(1, args.steps // 20),  # nobody searches: so long the rate rises
                        found=repr(found))
     sets = list(CACHE["sets"])
-    with multiprocessing.get_context("fork").Pool(args.workers) as pool:  # who share photographs
+    with forks(args.workers) as pool:
         for seeds in range(1), range(1, args.seeds):
             worth = shapes_worth(rows, sets)
             done = {(row["name"], int(row["patch"]), int(row["seed"])) for row in rows}

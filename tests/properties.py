@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -108,15 +109,16 @@ def main():
         if args.case is not None:
             return case(args.case, Path(folder))
         begun, tried, possible, failed = time.time(), 0, 0, []
-        while time.time() - begun < 60 * args.minutes:
-            try:
-                possible += case(tried, Path(folder))
-            except Exception:
-                failed.append(tried)
-                print(f"case {tried}: {traceback.format_exc().splitlines()[-1]}", flush=True)
-            tried += 1
-    print(f"{tried} cases in {args.minutes:g} minutes, {possible} with a budget that can be met; "
-          f"{len(failed)} failed: {failed[:20]}")
+        with suppress(KeyboardInterrupt):  # Ctrl-C ends it, too
+            while time.time() - begun < 60 * args.minutes:
+                try:
+                    possible += case(tried, Path(folder))
+                except Exception:
+                    failed.append(tried)
+                    print(f"case {tried}: {traceback.format_exc().splitlines()[-1]}", flush=True)
+                tried += 1
+    print(f"{tried} cases in {(time.time() - begun) / 60:.3g} minutes, {possible} with a budget "
+          f"that can be met; {len(failed)} failed: {failed[:20]}")
     sys.exit(bool(failed))
 
 

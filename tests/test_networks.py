@@ -1,6 +1,8 @@
 """tests/networks.py, field.py and claims.py: what is trained, and what the tables say."""
 import argparse
+import os
 import random
+import time
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import common
 import field
 import networks
 import supernet
+from chance import forks, task
 from search_space import Space
 from supernet import Supernet
 
@@ -133,3 +136,15 @@ def test_a_trial_changes_what_its_name_says(monkeypatch):
             claims.trials(argparse.Namespace(activation="none"), name, 0)
     assert seen == [("sparsestmax", plain[0], claims.order_loss_released), ("softmax", *plain),
                     ("sparsestmax", 100 * plain[0], plain[1]), ("sparsestmax", *plain)]
+
+
+def test_a_worker_that_is_killed_ends_the_work_in_one_line():
+    with forks(2) as pool:
+        assert list(pool.map(task, [(abs, -1), (abs, -2)])) == [1, 2]
+    with pytest.raises(ValueError, match="fewer --workers"), forks(2) as pool:
+        list(pool.map(task, [(abs, -1), (os._exit, 9), (abs, -2)]))
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), forks(2) as pool:
+        pool.submit(task, (time.sleep, 60))
+        raise KeyboardInterrupt
+    assert time.monotonic() - begun < 30  # nobody waits for what is not wanted any more

@@ -267,7 +267,7 @@ def whole_run(args):
         net = Supernet(Space(args.scale, **LESSON)).to(memory_format=torch.channels_last)
         shell, (low, high) = shell_cost(LESSON["channels"], args.scale), net.cost_range()
         target, unit = args.budget or (shell + (low + high) / 2, "multiply-adds")
-        if unit == "ms" or not shell + low <= target <= shell + high:
+        if unit == "ms" or not .999 * (shell + low) <= target <= 1.001 * (shell + high):
             raise ValueError(f"--budget must be {(shell + low) / 1e9:.4g}G to "
                              f"{(shell + high) / 1e9:.4g}G: the shell has {shell / 1e9:.4g}G")
         data = common.photographs(args)

@@ -128,9 +128,14 @@ def train(network, patches, args, steps, history=None, generator=None):
         if history is not None and ((step + 1) % max(1, steps // 100) == 0 or step + 1 == steps):
             history.append(dict(step=args.search + step + 1, loss=float(np.mean(recent))))
             recent = []
+    return sound(network).eval()
+
+
+def sound(network):
+    """The network itself; ValueError if its weights are no numbers."""
     if not all(p.isfinite().all() for p in network.parameters()):
         raise ValueError("the training diverged: try a lower --rate")
-    return network.eval()
+    return network
 
 
 def progress_bar(steps, what):
@@ -230,10 +235,14 @@ def timed(seconds: dict, what: str):
 
 # --- The command line --------------------------------------------------------------------------
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):  # "(default: None)" would tell nothing
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def arguments(name: str, description: str, scales=(2, 3, 4), **defaults) -> CommandLine:
     """A parser with the options that all have. defaults: steps, search, batch, patch, rate."""
-    parser = CommandLine(prog=f"{name}.py", description=description,
-                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = CommandLine(prog=f"{name}.py", description=description, formatter_class=Help)
     add = parser.add_argument
     add("--scale", type=int, choices=scales, default=scales[0], help="enlargement")
     add("--data", type=named, metavar="DIR", default=argparse.SUPPRESS,
@@ -259,8 +268,8 @@ def main(parser: CommandLine, whole_run, argv=None):
     args.out = Path(args.out)
     if getattr(args, "network", None):  # a published one, only trained
         args.search = 0
-    try:
-        with on_signals(stop), parser.guard():
+    with on_signals(stop), parser.guard():
+        try:
             if args.search >= args.steps:
                 raise ValueError(f"--steps {args.steps} must be more than --search {args.search}, "
                                  "its first part")
@@ -270,5 +279,5 @@ def main(parser: CommandLine, whole_run, argv=None):
                 sets_of(args)  # what is missing ends here, before the long work
                 torch.manual_seed(args.seed)
                 whole_run(args)
-    except KeyboardInterrupt as stopped:
-        parser.exit(128 + stopped.args[0], "interrupted; nothing can be resumed\n")
+        except KeyboardInterrupt as stopped:
+            parser.exit(128 + stopped.args[0], "interrupted; nothing can be resumed\n")

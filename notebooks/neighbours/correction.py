@@ -222,17 +222,14 @@ def main(argv=None):
         parser.error("--upscale PHOTO and -o FILE.png go together")
     if args.upscale and args.benchmark:
         parser.error("--upscale and --benchmark are two tasks: do one after the other")
-    try:
-        with parser.guard():
-            network = load_run(args.run)
-            args.scale, (kernel, std) = network.architecture.scale, args.kernel
-            s = gaussian(std, args.scale)
-            if args.upscale:
-                run_upscale(network, args.upscale, args.output, s, args.epsilon)
-            else:
-                run_benchmark(network, sets_of(args), kernel, s, args.epsilon)
-    except KeyboardInterrupt:
-        parser.exit(130, "interrupted\n")
+    with parser.guard():
+        network = load_run(args.run)
+        args.scale, (kernel, std) = network.architecture.scale, args.kernel
+        s = gaussian(std, args.scale)
+        if args.upscale:
+            run_upscale(network, args.upscale, args.output, s, args.epsilon)
+        else:
+            run_benchmark(network, sets_of(args), kernel, s, args.epsilon)
 
 
 if __name__ == "__main__":

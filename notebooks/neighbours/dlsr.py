@@ -47,7 +47,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import (arguments, count, finish, main as run, photographs, progress_bar, psnr_of_batch,
-                    timed, train)
+                    sound, timed, train)
 from sparsestmax import softmax
 
 CELLS, STEPS = 6, 3
@@ -278,7 +278,7 @@ def whole_run(args):
         with timed(seconds, "search"):
             history, arrays = search(net, data, args)
         with torch.no_grad():
-            weights = net.weights(1.0)
+            weights = sound(net).weights(1.0)
             network = net.inherit(net.derive(weights), weights)
         lost = (psnr_of_batch(lambda lr: net(lr, weights), data.half_b, args)
                 - psnr_of_batch(network, data.half_b, args))

@@ -237,8 +237,8 @@ def search(args, data, history, snapshots):
     def reward(a: Architecture) -> float:
         lr, hr = data.half_b.batch(args.batch, generator)
         with torch.no_grad():
-            mse = [F.mse_loss(y.clamp(0, 1), hr) for y in (enlarge(lr, args.scale), net(lr, a))]
-        gain, cost = 10 * math.log10(mse[0] / mse[1]), a.multiply_adds(**size, pixels=48 * 48) / 1e8
+            e = [1e-9 + F.mse_loss(y.clamp(0, 1), hr) for y in (enlarge(lr, net.scale), net(lr, a))]
+        gain, cost = 10 * math.log10(e[0] / e[1]), a.multiply_adds(**size, pixels=48 * 48) / 1e8
         return 0.2 * gain - 0.8 * cost / 2
 
     for step in common.progress_bar(range(args.search), "search"):
