@@ -294,7 +294,8 @@ def means(rows):
 # photographs gets a wrong figure. Words in the names of folders and files tell versions apart.
 LARGE = "hr", "highres", "original", "originals", "gt", "gtmod"  # of several the first is taken
 SMALL = re.compile("lr(bi|bic|bd|dn|blur)?|bicubic|lowres|thumb(nail)?s?")
-# (An x behind another letter is part of a word: "mix2". In "LRbicx2" it is not.)
+# (An x behind a letter belongs to the word, as in "mix2", unless that word is one of those above:
+# hence their endings, for "LRbicx2".)
 SCALE = re.compile(r"(?:image_)?srf_?([234])|(?:(?<![a-z])|(?<=lr|hr|gt|ic|bi|bd|dn|ur))"
                    r"x([2348])(?:[mdw]\d?)?(?![a-z0-9])", re.IGNORECASE)
 
@@ -334,7 +335,9 @@ def as_photo(path, folder, scale):
     scales = {digit for found in SCALE.findall(str(inside)) for digit in found if digit}
     rank = (bool(scales - {str(scale)}), LARGE.index(said) if said in LARGE else 0,
             path.with_suffix(""))
-    name = names[-1] or "".join(re.findall(r"\d+", path.stem))  # HR001, HR002 are two pictures
+    # (Of a file's name an x behind any letter counts, for "babyx2" beside "baby".)
+    bare = re.sub("[xX][2348]$", "", names[-1])
+    name = bare or "".join(re.findall(r"\d+", path.stem))  # HR001, HR002 are two pictures
     return Photo(path, tuple(filter(None, names[:-1])), name, said, rank)
 
 
@@ -373,7 +376,7 @@ def find_photos(folder, scale):
     # 3. Copies that names do not tell apart: the same but for an ending, as a.png and a_small.png.
     alike = {}
     for p in kept:
-        for name in {p.name, re.sub(r"[ _.-](?!\d+$)[^ _.-]+$|x[2348]$", "", p.name)}:
+        for name in {p.name, re.sub(r"[ _.-](?!\d+$)[^ _.-]+$", "", p.name)}:
             alike.setdefault(name.lower(), []).append(p)
     for group in alike.values():
         for small, large in permutations(group, 2) if len(group) < 50 else ():
@@ -637,21 +640,27 @@ def save_crops(path, photos, network, side=96):
     write_whole(path, figure.savefig)
 
 
+def figures_in(report):
+    """What a run's benchmark.json holds: {set: {method: means}}. ValueError if it is damaged."""
+    try:
+        return dict(json.loads(report.read_text())) if report.exists() else {}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{report} is damaged; delete it to measure again") from error
+
+
 def run_benchmark(network, run, folders):
-    """Print a table per set; save the figures, and crops of the two photographs that gain most."""
+    """Print a table per set; save the figures, and crops of the two photographs that gain most.
+
+    Sets that were measured before stay in benchmark.json.
+    """
     scale, report = network.architecture.scale, Path(run) / "benchmark.json"
-    figures = {}
-    if report.exists():  # sets that were measured before stay in it
-        try:
-            figures = dict(json.loads(report.read_text()))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{report} is damaged; delete it to measure again") from error
-    # All sets and their photographs first: what is missing ends here, before the long work.
+    # What is damaged or missing, among all sets and their photographs, ends here, before the long
+    # work.
+    figures_in(report)
     for name, photos in sets_in(folders, scale).items():
         table, rows = compare_with_bicubic(network, f"{name}, x{scale}, {len(photos)} photographs",
                                            photos)
-        if report.exists():  # another process may have measured other sets meanwhile
-            figures = json.loads(report.read_text())
+        figures = figures_in(report)  # anew: another process may have measured sets meanwhile
         figures[name] = {method: means(each) for method, each in rows.items()}
         gains = [ours[1] - floor[1] for ours, floor in zip(rows["ours"], rows["bicubic"])]
         best = [photos[k] for k in np.argsort(gains)[::-1][:2]]

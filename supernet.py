@@ -251,8 +251,8 @@ class Supernet(nn.Module):
 
         Shapes as in Weights, but beta with the cells' ends: (cells, positions + 1, widths). A GPU
         is waited for here and nowhere else in a step. dense: all of them read as 1/2, neither dead
-        nor decided, so nothing is skipped; for tests. So for maps whose zeros have a gradient, but
-        that exits which are forbidden stay zero.
+        nor decided, so nothing is skipped; for tests. So too for maps whose zeros have a gradient,
+        but forbidden exits, which have no logit to move, stay zero.
         """
         parts = weights.gamma, weights.alpha, self.with_ends(weights.beta)
         numbers = torch.cat([w.detach().flatten() for w in parts]).cpu().numpy()  # one transfer

@@ -86,13 +86,12 @@ def comparable(runs):
     if not sets:
         raise ValueError("the runs are not measured on the same photographs: --benchmark them all, "
                          "or none")
+    seen = {}
     for run in runs:
-        twice = [str(other["run"]) for other in runs
-                 if all(other["settings"][key] == run["settings"][key]
-                        for key in ("activation", "seed"))]
-        if len(twice) > 1:
-            raise ValueError(f"{' and '.join(twice)} are of the same activation and seed, so tell "
-                             "nothing of chance: leave out one, or search with another --seed")
+        other = seen.setdefault((run["activation"], str(run["settings"].get("seed"))), run)
+        if other is not run:
+            raise ValueError(f"{other['run']} and {run['run']} are of the same activation and "
+                             "seed, and tell nothing of chance: leave out one, or change --seed")
         different = [f"--{name}" for name, value in first["settings"].items()
                      if name not in ("activation", "seed", "device")
                      and run["settings"].get(name) != value]

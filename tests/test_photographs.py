@@ -128,9 +128,9 @@ def test_sets_whose_names_end_in_x2_are_two(tmp_path):
 
 
 def test_of_a_folder_hr_with_copies_by_scale_the_photograph_stays(tmp_path):
-    for name in "a", "a_x2", "b_HR_x2", "b_HR":
+    for name in "a", "a_x2", "b_HR_x2", "b_HR", "c", "cx2":
         save(dead_leaves(64, RNG), tmp_path / f"HR/{name}.png")
-    assert [p.path.stem for p in find_photos(tmp_path, 2)[0]] == ["a", "b_HR"]
+    assert [p.path.stem for p in find_photos(tmp_path, 2)[0]] == ["a", "b_HR", "c"]
 
 
 def test_sets_left_out_hidden_linked_and_small_ones(tmp_path, capsys):
